@@ -1,0 +1,48 @@
+# `make demo` and `make test` need Linux, Python 3.11 or newer, make and a way to PyPI; everything else they install
+# themselves into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+# One thread that waits without spinning: the tests run two processes side by side, each with its own ranks.
+QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE WANDB_MODE=offline HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check soak bench lock clean
+
+help: ## this text
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+setup: $(STAMP) ## make .venv with the locked versions
+
+$(STAMP): setup.cfg pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit("keye_train needs Python 3.11 or newer; set PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: $(STAMP) ## train a tiny Keye through the whole chain; writes runs/demo/report.html
+	$(BIN)/keye-pipeline pipeline=demo
+
+test: check ## style, types, import contract and every test
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+check: $(STAMP) ## style, types and import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+soak: $(STAMP) ## the tests that take long
+	$(QUIET) $(BIN)/python -m pytest -m slow --timeout 3600
+
+bench: $(STAMP) ## measure; writes dated files under benchmarks/results
+	$(BIN)/python -m benchmarks
+
+lock: ## write requirements.lock anew from setup.cfg (needs a complete .venv)
+	$(BIN)/python -m pip install --quiet pip-tools
+	$(BIN)/pip-compile --quiet --strip-extras --allow-unsafe --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --extra demo --extra dev --output-file requirements.lock setup.cfg
+
+clean: ## remove .venv, caches and everything under runs/ and data/
+	rm -rf $(VENV) runs data .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build ./*.egg-info

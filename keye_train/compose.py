@@ -1,0 +1,133 @@
+"""From recipes and command-line overrides to typed settings.
+
+``recipes/`` holds one primary recipe per command (train, merge, eval, pipeline) and the groups they choose from. Hydra
+composes them; the result is checked against the dataclasses of ``keye_train.settings``: unknown keys and wrong types
+stop here with the key named.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from keye_train.settings import EvaluationSettings, MergeSettings, PipelineSettings, SettingsError, TrainSettings
+
+T = TypeVar("T")
+
+RECIPES_VARIABLE = "KEYE_RECIPES"
+
+# Each primary recipe starts from its schema, so that every key of the dataclasses can be overridden without Hydra's "+",
+# and a wrong one is refused while composing.
+_SCHEMAS = {"train": TrainSettings, "merge": MergeSettings, "eval": EvaluationSettings, "pipeline": PipelineSettings}
+for _name, _schema in _SCHEMAS.items():
+    ConfigStore.instance().store(name=f"{_name}_schema", node=_schema)
+
+
+def compose_recipe(primary: str, overrides: Sequence[str], recipes: str | None = None) -> DictConfig:
+    """Compose the primary recipe ``primary`` with Hydra overrides such as ``stage=1_align`` or ``seed=3``.
+
+    Args:
+        primary: name of a file in the recipes folder, without ``.yaml``.
+        overrides: Hydra override expressions.
+        recipes: another recipes folder; None takes the one that is installed with the package.
+
+    Raises:
+        SettingsError: an override names a key, group or value that does not exist.
+    """
+    if recipes is not None and not Path(recipes).is_dir():
+        raise SettingsError(f"recipes folder {recipes} does not exist")
+    context = (
+        initialize_config_dir(str(Path(recipes).resolve()), version_base="1.3")
+        if recipes is not None
+        else initialize_config_module("recipes", version_base="1.3")
+    )
+    try:
+        with context:
+            return compose(primary, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: stage=9 and the like
+        raise SettingsError(_readable(error)) from error
+
+
+def load_settings(schema: type[T], primary: str, overrides: Sequence[str], recipes: str | None = None) -> T:
+    """Compose a recipe and turn it into ``schema``, checked.
+
+    Raises:
+        SettingsError: unknown key, wrong type, missing value, or a pair of values that cannot work together.
+    """
+    composed = compose_recipe(primary, overrides, recipes)
+    return to_settings(schema, OmegaConf.to_container(composed, resolve=False))
+
+
+def to_settings(schema: type[T], values: Any) -> T:
+    """Turn plain values (of a recipe or of a stored ``recipe.yaml``) into the dataclass ``schema``, checked.
+
+    Raises:
+        SettingsError: as for :func:`load_settings`.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(values))
+        OmegaConf.resolve(merged)
+        settings = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise SettingsError(_readable(error)) from error
+    assert isinstance(settings, schema)
+    check = getattr(settings, "check", None)
+    if check is not None:
+        check()
+    return settings
+
+
+def to_yaml(settings: Any) -> str:
+    """The settings as YAML, every value resolved; :func:`to_settings` reads it back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(settings), resolve=True)
+
+
+def choices(group: str, recipes: str | None = None) -> list[str]:
+    """Names of the recipes in a group."""
+    root = Path(recipes) if recipes is not None else _installed_recipes()
+    return sorted(path.stem for path in (root / group).glob("*.yaml"))
+
+
+def recipes_folder() -> str | None:
+    """The recipes folder named by the environment (``KEYE_RECIPES``), if any."""
+    return os.environ.get(RECIPES_VARIABLE)
+
+
+def _installed_recipes() -> Path:
+    import recipes as package
+
+    assert package.__file__ is not None
+    return Path(package.__file__).parent
+
+
+def _readable(error: Exception) -> str:
+    """One line: what is wrong, at which key, and what a mistyped key was probably meant to be."""
+    cause: BaseException = error
+    while cause.__cause__ is not None and isinstance(cause, ConfigCompositionException):
+        cause = cause.__cause__
+    parts = [str(error).split("\n")[0].strip()]
+    if cause is not error:
+        parts.append(str(cause).split("\n")[0].strip())
+    text = re.sub(r" To append to your \w+( \w+)? use \+\S+", "", ": ".join(parts))
+    missing = re.search(r"missing mandatory value: (\S+)", text, flags=re.IGNORECASE)
+    if missing is not None:
+        return f"{missing.group(1)} has no value: set {missing.group(1)}=..."
+    full_key = getattr(cause, "full_key", None)
+    if full_key and full_key not in text:
+        text = f"{full_key}: {text}"
+    wrong, parent = re.search(r"Key '([^']+)'", text), getattr(cause, "parent_node", None)
+    if wrong is not None and parent is not None and OmegaConf.is_dict(parent):
+        close = difflib.get_close_matches(wrong.group(1), [str(key) for key in parent], n=1)
+        if close:
+            text += f". Did you mean '{close[0]}'?"
+    return text

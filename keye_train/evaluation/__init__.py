@@ -1,0 +1,1 @@
+"""Held-out loss, generation and scoring."""

@@ -1,0 +1,115 @@
+"""Layout and manifest of a run folder. Every part that reads or writes runs goes through this module.
+
+::
+
+    RUN/
+      recipe.yaml            resolved settings
+      manifest.json          parents, recipe, seed, data fingerprint, versions, commit, status
+      metrics.jsonl          one line a step
+      ledger.jsonl           one line for every sample that was planned and not trained on
+      checkpoints/step-N/    state of the training, whole or absent
+      export/                the model in the official layout, with a manifest of its own
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RECIPE = "recipe.yaml"
+MANIFEST = "manifest.json"
+METRICS = "metrics.jsonl"
+LEDGER = "ledger.jsonl"
+CHECKPOINTS = "checkpoints"
+EXPORT = "export"
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write ``text`` aside, flush it to the disk, then rename: the file is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(aside, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(aside, path)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, whole or not at all."""
+    write_text_atomic(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: the file is not JSON; the message names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); restore it or make it anew") from error
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON-lines file; a last line cut off by a crash is left out, an absent file is empty."""
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path} line {number} is not valid JSON ({error})") from error
+    return rows
+
+
+def export_dir(path: str | Path) -> Path:
+    """The export that ``path``, a run folder or an export, stands for.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    folder = Path(path)
+    for candidate in (folder / EXPORT, folder):
+        if (candidate / "config.json").exists():
+            return candidate
+    raise FileNotFoundError(
+        f"{folder} holds no export (no config.json in it or in {EXPORT}/): finish the run that should have written it"
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide numbers."""
+    names = ("torch", "transformers", "deepspeed", "numpy", "pillow", "av", "keye_train")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def commit() -> str:
+    """Git commit of the code that runs, with ``+changes`` where the tree differs; ``unknown`` outside a checkout."""
+    root = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return head + ("+changes" if dirty else "")

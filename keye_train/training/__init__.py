@@ -1,0 +1,1 @@
+"""How the model learns: objectives, optimizer, schedule, engine, checkpoints and the loop."""

@@ -1,0 +1,1 @@
+"""Launch scripts for torchrun, DeepSpeed host files, Slurm and Kubernetes."""

@@ -1,0 +1,1 @@
+"""Hydra recipes: groups stage, model, data, deepspeed, logging, merge and pipeline."""
