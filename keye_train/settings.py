@@ -183,18 +183,32 @@ class DataSettings:
 
 
 @dataclass
+class ModuleRateSettings:
+    """Learning rates of single modules; null takes ``optimizer.lr``."""
+
+    vision: float | None = None
+    projector: float | None = None
+    language: float | None = None
+    text_tower: float | None = None
+
+
+@dataclass
 class OptimizerSettings:
     """AdamW and its parameter groups."""
 
     lr: float = 1e-5
-    module_lr: dict[str, float] = field(default_factory=dict)
-    """Learning rate of single modules (vision, projector, language, text_tower); the others get ``lr``."""
+    module_lr: ModuleRateSettings = field(default_factory=ModuleRateSettings)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.05
     """Applied to matrices only: never to norms, biases and one-dimensional parameters."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+
+    def rate(self, module: str) -> float:
+        """Learning rate of ``module`` before the schedule."""
+        own = getattr(self.module_lr, module)
+        return self.lr if own is None else own
 
 
 @dataclass
@@ -369,7 +383,7 @@ class EvaluationSettings:
         """Raise SettingsError for values that cannot work together."""
         _check_data(self.data)
         if not self.models:
-            raise SettingsError("models is empty: name at least one, e.g. models.final=runs/demo/merge")
+            raise SettingsError("models is empty: name at least one, e.g. 'models={final: runs/demo/merge}'")
         for name in ("samples_per_task", "batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1")
@@ -386,6 +400,8 @@ class PipelineStageSettings:
     parent: str | None = None
     """Name of an earlier run whose export this one starts from."""
     overrides: list[str] = field(default_factory=list)
+    mixtures: list[str] = field(default_factory=list)
+    """Branches: one run for each of these mixtures, all from the same parent, named NAME_MIXTURE."""
 
 
 @dataclass
@@ -400,10 +416,10 @@ class PipelineSettings:
     """Recipe of the group ``data``."""
     stages: list[PipelineStageSettings]
     merge: list[str]
-    """Names of the runs whose exports are averaged."""
+    """Runs whose exports are averaged; the name of an entry with branches stands for all of them."""
     merge_recipe: str = "uniform"
     prepare: list[str] = field(default_factory=list)
-    """Command that makes the data when it is missing; skipped when it has run before."""
+    """Command that makes the data; it is called each time and returns at once when nothing is missing."""
     launcher: list[str] = field(default_factory=list)
     """Words put before ``-m keye_train``, e.g. [torchrun, --nproc-per-node, "8"]; empty: one process."""
     overrides: list[str] = field(default_factory=list)
@@ -411,20 +427,41 @@ class PipelineSettings:
     evaluation: dict[str, Any] = field(default_factory=dict)
     """samples_per_task, batch_size and max_new_tokens of the evaluation."""
 
+    def runs(self) -> list[PipelineStageSettings]:
+        """Every run in order, with branches written out."""
+        written_out = []
+        for stage in self.stages:
+            if not stage.mixtures:
+                written_out.append(stage)
+            for mixture in stage.mixtures:
+                overrides = [*stage.overrides, f"stage.mixture={mixture}"]
+                written_out.append(
+                    PipelineStageSettings(f"{stage.name}_{mixture}", stage.stage, stage.parent, overrides)
+                )
+        return written_out
+
+    def merged_runs(self) -> list[str]:
+        """Names of the runs that are averaged, branches written out."""
+        branches = {stage.name: [f"{stage.name}_{mixture}" for mixture in stage.mixtures] for stage in self.stages}
+        return [run for name in self.merge for run in (branches.get(name) or [name])]
+
     def check(self) -> None:
         """Raise SettingsError for values that cannot work together."""
-        names = [stage.name for stage in self.stages]
+        runs = self.runs()
+        names = [run.name for run in runs]
         if len(set(names)) != len(names):
             raise SettingsError(f"stages: two runs share a name in {names}")
-        for position, stage in enumerate(self.stages):
-            if stage.parent is not None and stage.parent not in names[:position]:
+        for position, run in enumerate(runs):
+            if run.parent is not None and run.parent not in names[:position]:
                 raise SettingsError(
-                    f"stages: {stage.name} starts from parent={stage.parent}, which is not an earlier run; "
+                    f"stages: {run.name} starts from parent={run.parent}, which is not an earlier run; "
                     f"earlier runs: {names[:position]}"
                 )
-        for name in self.merge:
+        for name in self.merged_runs():
             if name not in names:
                 raise SettingsError(f"merge: {name} is not a run of this pipeline; runs: {names}")
+        if len(self.merged_runs()) < 2:
+            raise SettingsError(f"merge={self.merge}: name at least two runs to average")
 
 
 def _check_model(model: ModelSettings) -> None:
@@ -486,11 +523,11 @@ def _check_data(data: DataSettings) -> None:
 def _check_stage(stage: StageSettings, data: DataSettings) -> None:
     if not stage.trainable:
         raise SettingsError(f"stage.trainable is empty: name at least one of {MODULES}")
-    for name in (*stage.trainable, *stage.optimizer.module_lr):
+    for name in stage.trainable:
         if name not in MODULES:
             raise SettingsError(f"stage: unknown module '{name}'; modules: {MODULES}")
-    for name in stage.optimizer.module_lr:
-        if name not in stage.trainable:
+    for name, rate in vars(stage.optimizer.module_lr).items():
+        if rate is not None and name not in stage.trainable:
             raise SettingsError(f"stage.optimizer.module_lr.{name} has no effect: '{name}' is not in stage.trainable")
     allowed = ("vision", "text_tower") if stage.objective == Objective.contrastive else MODULES[:3]
     for name in stage.trainable:

@@ -1,0 +1,227 @@
+"""The whole chain as one resumable job: data, start, stages, merge, evaluation, report.
+
+Every part leaves a finished manifest in a folder of its own; a second call starts where the first one stopped. Stages
+run as processes of their own (behind ``launcher``, on as many ranks as it starts), so each begins with a clean state
+and an interrupt reaches its ranks directly.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from keye_train import compose, runs
+from keye_train.settings import (
+    EvaluationSettings,
+    MergeMethod,
+    MergeSettings,
+    PipelineSettings,
+    PipelineStageSettings,
+    TrainSettings,
+)
+
+log = logging.getLogger(__name__)
+
+STATE = "pipeline.json"
+START = "start"  # folder of the untrained model
+MERGE = "merge"
+EVALUATION = "evaluation"
+REPORT = "report.html"
+_MATRIX_STAGES = "language"
+
+
+class PartFailed(RuntimeError):
+    """A part ended with an error; its own message stands above."""
+
+    def __init__(self, part: str, code: int) -> None:
+        super().__init__(f"{part} ended with exit code {code}")
+        self.code = code
+
+
+@dataclass
+class Part:
+    """One finished or running part, for the clock."""
+
+    name: str
+    work: float  # tokens it may read: what the estimate of the time left goes by
+    seconds: float = 0.0
+    kept: bool = False  # finished by an earlier call
+
+
+def run_pipeline(settings: PipelineSettings) -> int:
+    """Run every part that is not finished yet.
+
+    Returns:
+        0, or the exit code of the part that failed or was interrupted (130 after Ctrl-C).
+    """
+    out = Path(settings.out)
+    clock = _Clock(settings)
+    try:
+        if settings.prepare:
+            clock.begin("data")
+            _call("data", settings.prepare)
+            clock.end("data")
+        for stage in settings.runs():
+            clock.begin(stage.name)
+            clock.end(stage.name, kept=_run_stage(settings, stage))
+        clock.begin(MERGE)
+        _merge(settings)
+        clock.end(MERGE)
+        clock.begin(EVALUATION)
+        results = _evaluate(settings)
+        clock.end(EVALUATION)
+    except PartFailed as failure:
+        if failure.code in (130, 143):
+            print("\nStopped. Run the same command again to go on.", file=sys.stderr)
+        else:
+            print(f"keye-pipeline: {failure}; mend the cause above and run the same command again", file=sys.stderr)
+        return failure.code
+    except KeyboardInterrupt:
+        print("\nStopped. Run the same command again to go on.", file=sys.stderr)
+        return 130
+    runs.write_json_atomic(out / STATE, _state(settings, clock))
+    from keye_train.report import write_report
+
+    page = write_report(out, out / REPORT)
+    clock.table(Console())
+    print(f"results: {results}\nreport:  {page}")
+    return 0
+
+
+def stage_settings(settings: PipelineSettings, stage: PipelineStageSettings) -> TrainSettings:
+    """The settings that ``keye-train`` gets for one stage, checked."""
+    return compose.load_settings(TrainSettings, "train", _overrides(settings, stage), compose.recipes_folder())
+
+
+def _overrides(settings: PipelineSettings, stage: PipelineStageSettings) -> list[str]:
+    out = Path(settings.out)
+    parent = "null" if stage.parent is None else str(out / stage.parent)
+    return [
+        f"stage={stage.stage}",
+        f"model={settings.model}",
+        f"data={settings.data}",
+        f"run_dir={out / stage.name}",
+        f"parent={parent}",
+        *settings.overrides,
+        *stage.overrides,
+    ]
+
+
+def _run_stage(settings: PipelineSettings, stage: PipelineStageSettings) -> bool:
+    """Run one stage unless its manifest says that this very recipe has finished; True where it had."""
+    wanted = stage_settings(settings, stage)
+    from keye_train.training.manifest import is_finished
+
+    if is_finished(wanted):
+        return True
+    launcher = settings.launcher or [sys.executable]
+    _call(stage.name, [*launcher, "-m", "keye_train", *_overrides(settings, stage)])
+    return False
+
+
+def _call(part: str, command: list[str]) -> None:
+    """Run a command in the foreground; Ctrl-C reaches it too, and we wait until it has saved its state."""
+    log.info("%s: %s", part, " ".join(command))
+    process = subprocess.Popen(command)
+    while True:
+        try:
+            code = process.wait()
+            break
+        except KeyboardInterrupt:
+            continue  # the child got the signal as well and is saving
+    if code:
+        raise PartFailed(part, 128 - code if code < 0 else code)
+
+
+def _merge(settings: PipelineSettings) -> None:
+    from keye_train.merging import merge
+
+    out = Path(settings.out)
+    recipe = compose.load_settings(
+        MergeSettings,
+        "merge",
+        [
+            f"merge={settings.merge_recipe}",
+            f"models=[{','.join(str(out / name) for name in settings.merged_runs())}]",
+            f"out={out / MERGE}",
+        ],
+        compose.recipes_folder(),
+    )
+    assert recipe.method in MergeMethod
+    merge(recipe)
+
+
+def _evaluate(settings: PipelineSettings) -> Path:
+    from keye_train.evaluation import evaluate
+
+    out = Path(settings.out)
+    names = [run.name for run in settings.runs()] + [MERGE]
+    return evaluate(
+        EvaluationSettings(
+            models={name: str(out / name) for name in names},
+            data=stage_settings(settings, settings.runs()[-1]).data,
+            out=str(out / EVALUATION),
+            **settings.evaluation,
+        )
+    )
+
+
+def _state(settings: PipelineSettings, clock: _Clock) -> dict[str, object]:
+    return {
+        "name": settings.name,
+        "stages": [{"name": stage.name, "stage": stage.stage, "parent": stage.parent} for stage in settings.runs()],
+        "merge": {"name": MERGE, "parents": settings.merged_runs(), "recipe": settings.merge_recipe},
+        "parts": [{"name": part.name, "seconds": round(part.seconds, 1), "kept": part.kept} for part in clock.parts],
+        "commit": runs.commit(),
+        "versions": runs.versions(),
+    }
+
+
+class _Clock:
+    """Says which part runs and how long the rest will take, going by the token budgets of the stages."""
+
+    def __init__(self, settings: PipelineSettings) -> None:
+        self.parts: list[Part] = []
+        self._began = 0.0
+        work = {}
+        for stage in settings.runs():
+            wanted = stage_settings(settings, stage)
+            work[stage.name] = float(wanted.stage.steps * wanted.stage.global_batch_packs * wanted.stage.max_patches)
+        self._left = (["data"] if settings.prepare else []) + list(work) + [MERGE, EVALUATION]
+        self._work = work
+        self._number = len(self._left)
+
+    def begin(self, name: str) -> None:
+        """Announce a part."""
+        self._began = time.monotonic()
+        done = [part for part in self.parts if part.work and not part.kept]
+        estimate = ""
+        if done:
+            rate = sum(part.seconds for part in done) / sum(part.work for part in done)
+            minutes = rate * sum(self._work.get(left, 0.0) for left in self._left) / 60
+            estimate = f"  (about {minutes:.0f} min of training left)" if minutes >= 1 else ""
+        print(f"\n[{self._number - len(self._left) + 1}/{self._number}] {name}{estimate}", flush=True)
+
+    def end(self, name: str, kept: bool = False) -> None:
+        """Note that the part is done."""
+        self._left.remove(name)
+        self.parts.append(Part(name, self._work.get(name, 0.0), time.monotonic() - self._began, kept))
+        if kept:
+            print(f"{name}: already finished, kept", flush=True)
+
+    def table(self, console: Console) -> None:
+        """Print the time that each part took."""
+        table = Table(title="Time of each part")
+        table.add_column("part")
+        table.add_column("seconds", justify="right")
+        for part in self.parts:
+            table.add_row(part.name, "kept" if part.kept else f"{part.seconds:.0f}")
+        table.add_row("total", f"{sum(part.seconds for part in self.parts):.0f}")
+        console.print(table)

@@ -1,0 +1,111 @@
+"""Every shipped recipe composes, and what cannot work stops with a message that names the key."""
+
+from __future__ import annotations
+
+import pytest
+
+from keye_train import compose
+from keye_train.settings import (
+    EvaluationSettings,
+    MergeSettings,
+    PipelineSettings,
+    SettingsError,
+    TrainSettings,
+)
+
+EIGHT_B = ["model=keye_8b", "data=keye_example", "model.tokenizer=tokenizer", "model.start.random=true"]
+
+
+@pytest.mark.parametrize("stage", compose.choices("stage"))
+@pytest.mark.parametrize("model", compose.choices("model"))
+@pytest.mark.parametrize("data", compose.choices("data"))
+def test_stage_model_and_data_compose_in_every_combination(stage: str, model: str, data: str) -> None:
+    settings = compose.load_settings(
+        TrainSettings,
+        "train",
+        [f"stage={stage}", f"model={model}", f"data={data}", "model.tokenizer=tokenizer", "model.start.random=true"],
+    )
+    assert settings.stage.name == stage
+    assert settings.run_dir == f"runs/{stage}-{model}-{data}"
+
+
+@pytest.mark.parametrize("deepspeed", compose.choices("deepspeed"))
+@pytest.mark.parametrize("logging", compose.choices("logging"))
+def test_deepspeed_and_logging_recipes_compose(deepspeed: str, logging: str) -> None:
+    settings = compose.load_settings(TrainSettings, "train", [*EIGHT_B, f"deepspeed={deepspeed}", f"logging={logging}"])
+    assert settings.deepspeed.zero_stage in (0, 1, 2, 3)
+
+
+def test_merge_recipes_compose() -> None:
+    for name in compose.choices("merge"):
+        weights = ["weights=[1.0,3.0]"] if name == "weighted" else []
+        settings = compose.load_settings(MergeSettings, "merge", [f"merge={name}", "models=[a,b]", "out=c", *weights])
+        assert settings.method.value == name
+
+
+def test_pipeline_recipes_compose_with_every_stage_they_name() -> None:
+    from keye_train.pipeline import stage_settings
+
+    for name in compose.choices("pipeline"):
+        settings = compose.load_settings(PipelineSettings, "pipeline", [f"pipeline={name}"])
+        for run in settings.runs():
+            assert stage_settings(settings, run).run_dir == f"{settings.out}/{run.name}"
+
+
+def test_evaluation_recipe_composes() -> None:
+    settings = compose.load_settings(EvaluationSettings, "eval", ["data=demo", "models={a:runs/a}", "out=o"])
+    assert settings.models == {"a": "runs/a"}
+
+
+def test_a_stored_recipe_reads_back_equal() -> None:
+    import yaml
+
+    settings = compose.load_settings(TrainSettings, "train", EIGHT_B)
+    assert compose.to_settings(TrainSettings, yaml.safe_load(compose.to_yaml(settings))) == settings
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["stage.stps=3"], "Did you mean 'steps'"),
+        (["stage.steps=many"], "stage.steps"),
+        (["stage=9_moon"], "9_moon"),
+        (["deepspeed=zero0", "deepspeed.precision=bf16"], "bf16_autocast"),
+        (["deepspeed=zero2", "deepspeed.offload_parameters=true"], "zero_stage=3"),
+        (["stage.mixture=moon"], "mixtures: "),
+        (["stage.trainable=[vision,text_tower]"], "text_tower"),
+        (["stage=1_align", "stage.optimizer.module_lr.vision=1e-4"], "has no effect"),
+        (["stage=1_align", "stage.schedule.decay_steps=10"], "shape=wsd only"),
+        (["stage.schedule.warmup_steps=1000000000"], "exceed stage.steps"),
+        (["model.language.mrope_section=[1,2,3]"], "mrope_section"),
+        (["data.resolution.image_min_tokens=0"], "image_min_tokens"),
+        (["model.start.random=false"], "parent="),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_by_name(overrides: list[str], expected: str) -> None:
+    with pytest.raises(SettingsError) as raised:
+        compose.load_settings(TrainSettings, "train", [*EIGHT_B, *overrides])
+    assert expected in str(raised.value)
+
+
+def test_a_global_batch_that_does_not_divide_names_both_numbers() -> None:
+    settings = compose.load_settings(TrainSettings, "train", [*EIGHT_B, "stage.global_batch_packs=8"])
+    assert settings.gradient_accumulation(4) == 2
+    with pytest.raises(SettingsError, match=r"global_batch_packs=8 does not divide over 3 ranks"):
+        settings.gradient_accumulation(3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["models=[a]", "out=o"], "at least two"),
+        (["models=[a,b]"], "out has no value"),
+        (["models=[a,b]", "out=o", "weights=[1,2]"], "no effect with method=uniform"),
+        (["merge=weighted", "weights=[1]", "models=[a,b]", "out=o"], "one weight for each"),
+        (["models=[a,b]", "out=o", "dtype=int8"], "dtype=int8"),
+    ],
+)
+def test_a_merge_that_cannot_work_is_refused(overrides: list[str], expected: str) -> None:
+    with pytest.raises(SettingsError) as raised:
+        compose.load_settings(MergeSettings, "merge", overrides)
+    assert expected in str(raised.value)
