@@ -22,8 +22,8 @@ from keye_train.settings import (
     EvaluationSettings,
     MergeMethod,
     MergeSettings,
+    PipelineRun,
     PipelineSettings,
-    PipelineStageSettings,
     TrainSettings,
 )
 
@@ -34,7 +34,6 @@ START = "start"  # folder of the untrained model
 MERGE = "merge"
 EVALUATION = "evaluation"
 REPORT = "report.html"
-_MATRIX_STAGES = "language"
 
 
 class PartFailed(RuntimeError):
@@ -71,9 +70,10 @@ def run_pipeline(settings: PipelineSettings) -> int:
         for stage in settings.runs():
             clock.begin(stage.name)
             clock.end(stage.name, kept=_run_stage(settings, stage))
-        clock.begin(MERGE)
-        _merge(settings)
-        clock.end(MERGE)
+        if settings.merge:
+            clock.begin(MERGE)
+            _merge(settings)
+            clock.end(MERGE)
         clock.begin(EVALUATION)
         results = _evaluate(settings)
         clock.end(EVALUATION)
@@ -95,12 +95,12 @@ def run_pipeline(settings: PipelineSettings) -> int:
     return 0
 
 
-def stage_settings(settings: PipelineSettings, stage: PipelineStageSettings) -> TrainSettings:
+def stage_settings(settings: PipelineSettings, stage: PipelineRun) -> TrainSettings:
     """The settings that ``keye-train`` gets for one stage, checked."""
     return compose.load_settings(TrainSettings, "train", _overrides(settings, stage), compose.recipes_folder())
 
 
-def _overrides(settings: PipelineSettings, stage: PipelineStageSettings) -> list[str]:
+def _overrides(settings: PipelineSettings, stage: PipelineRun) -> list[str]:
     out = Path(settings.out)
     parent = "null" if stage.parent is None else str(out / stage.parent)
     return [
@@ -114,7 +114,7 @@ def _overrides(settings: PipelineSettings, stage: PipelineStageSettings) -> list
     ]
 
 
-def _run_stage(settings: PipelineSettings, stage: PipelineStageSettings) -> bool:
+def _run_stage(settings: PipelineSettings, stage: PipelineRun) -> bool:
     """Run one stage unless its manifest says that this very recipe has finished; True where it had."""
     wanted = stage_settings(settings, stage)
     from keye_train.training.manifest import is_finished
@@ -162,7 +162,7 @@ def _evaluate(settings: PipelineSettings) -> Path:
     from keye_train.evaluation import evaluate
 
     out = Path(settings.out)
-    names = [run.name for run in settings.runs()] + [MERGE]
+    names = [run.name for run in settings.runs()] + [MERGE] * bool(settings.merge)
     return evaluate(
         EvaluationSettings(
             models={name: str(out / name) for name in names},
@@ -194,7 +194,7 @@ class _Clock:
         for stage in settings.runs():
             wanted = stage_settings(settings, stage)
             work[stage.name] = float(wanted.stage.steps * wanted.stage.global_batch_packs * wanted.stage.max_patches)
-        self._left = (["data"] if settings.prepare else []) + list(work) + [MERGE, EVALUATION]
+        self._left = ["data"] * bool(settings.prepare) + list(work) + [MERGE] * bool(settings.merge) + [EVALUATION]
         self._work = work
         self._number = len(self._left)
 

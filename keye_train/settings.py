@@ -391,10 +391,8 @@ class EvaluationSettings:
 
 @dataclass
 class PipelineStageSettings:
-    """One run of the chain."""
+    """One entry of the chain: one run, or one for each of its branches."""
 
-    name: str
-    """Folder of the run below the pipeline's ``out``."""
     stage: str
     """Recipe of the group ``stage``."""
     parent: str | None = None
@@ -402,6 +400,17 @@ class PipelineStageSettings:
     overrides: list[str] = field(default_factory=list)
     mixtures: list[str] = field(default_factory=list)
     """Branches: one run for each of these mixtures, all from the same parent, named NAME_MIXTURE."""
+    enabled: bool = True
+
+
+@dataclass(frozen=True)
+class PipelineRun:
+    """One run of the chain, branches written out."""
+
+    name: str  # folder below the pipeline's ``out``
+    stage: str
+    parent: str | None
+    overrides: tuple[str, ...]
 
 
 @dataclass
@@ -414,9 +423,10 @@ class PipelineSettings:
     """Recipe of the group ``model``."""
     data: str
     """Recipe of the group ``data``."""
-    stages: list[PipelineStageSettings]
+    stages: dict[str, PipelineStageSettings]
+    """Name -> entry, in the order in which they run."""
     merge: list[str]
-    """Runs whose exports are averaged; the name of an entry with branches stands for all of them."""
+    """Entries whose exports are averaged; one with branches stands for all of them. Empty: no merge."""
     merge_recipe: str = "uniform"
     prepare: list[str] = field(default_factory=list)
     """Command that makes the data; it is called each time and returns at once when nothing is missing."""
@@ -427,41 +437,45 @@ class PipelineSettings:
     evaluation: dict[str, Any] = field(default_factory=dict)
     """samples_per_task, batch_size and max_new_tokens of the evaluation."""
 
-    def runs(self) -> list[PipelineStageSettings]:
+    def runs(self) -> list[PipelineRun]:
         """Every run in order, with branches written out."""
-        written_out = []
-        for stage in self.stages:
-            if not stage.mixtures:
-                written_out.append(stage)
-            for mixture in stage.mixtures:
-                overrides = [*stage.overrides, f"stage.mixture={mixture}"]
-                written_out.append(
-                    PipelineStageSettings(f"{stage.name}_{mixture}", stage.stage, stage.parent, overrides)
-                )
-        return written_out
+        return [run for name in self.stages for run in self._runs_of(name)]
 
     def merged_runs(self) -> list[str]:
-        """Names of the runs that are averaged, branches written out."""
-        branches = {stage.name: [f"{stage.name}_{mixture}" for mixture in stage.mixtures] for stage in self.stages}
-        return [run for name in self.merge for run in (branches.get(name) or [name])]
+        """Names of the runs that are averaged."""
+        return [run.name for name in self.merge for run in self._runs_of(name)]
+
+    def _runs_of(self, name: str) -> list[PipelineRun]:
+        entry = self.stages[name]
+        if not entry.enabled:
+            return []
+        if not entry.mixtures:
+            return [PipelineRun(name, entry.stage, entry.parent, tuple(entry.overrides))]
+        return [
+            PipelineRun(
+                f"{name}_{mixture}", entry.stage, entry.parent, (*entry.overrides, f"stage.mixture={mixture}")
+            )
+            for mixture in entry.mixtures
+        ]
 
     def check(self) -> None:
         """Raise SettingsError for values that cannot work together."""
-        runs = self.runs()
-        names = [run.name for run in runs]
-        if len(set(names)) != len(names):
-            raise SettingsError(f"stages: two runs share a name in {names}")
-        for position, run in enumerate(runs):
-            if run.parent is not None and run.parent not in names[:position]:
+        for name in self.merge:
+            if name not in self.stages:
+                raise SettingsError(f"merge: '{name}' is not an entry of stages; entries: {list(self.stages)}")
+        if len(self.merged_runs()) == 1:
+            raise SettingsError(f"merge={self.merge}: name at least two runs to average, or none")
+        names: list[str] = []
+        for run in self.runs():
+            if run.name in names:
+                raise SettingsError(f"stages: two runs share the name {run.name}")
+            if run.parent is not None and run.parent not in names:
                 raise SettingsError(
-                    f"stages: {run.name} starts from parent={run.parent}, which is not an earlier run; "
-                    f"earlier runs: {names[:position]}"
+                    f"stages.{run.name} starts from parent={run.parent}, which is not an earlier run; earlier: {names}"
                 )
-        for name in self.merged_runs():
-            if name not in names:
-                raise SettingsError(f"merge: {name} is not a run of this pipeline; runs: {names}")
-        if len(self.merged_runs()) < 2:
-            raise SettingsError(f"merge={self.merge}: name at least two runs to average")
+            names.append(run.name)
+        if not names:
+            raise SettingsError("stages: every entry is disabled")
 
 
 def _check_model(model: ModelSettings) -> None:
