@@ -1,0 +1,238 @@
+"""Conversations -> text of the published chat template -> token ids and labels.
+
+The template: every message is ``<|im_start|>ROLE\\nCONTENT<|im_end|>\\n``; a conversation without a system message gets
+a default one; an image or video in the content is ``<|vision_start|>PADS<|vision_end|>`` with one pad for each token
+of its grid.
+
+Special tokens are put in by id, never by text: whatever stands in a message, "<|image_pad|>" included, is encoded as
+ordinary characters. Tokens that are words of the language, such as <|box_start|> or <think>, stay tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from keye_train.data.sample import MediaKind, SampleError
+from keye_train.model.packed import IGNORE_INDEX
+
+DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
+ROLES = ("system", "user", "assistant")
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MediaSlot:
+    """Place of an image or video in a conversation."""
+
+    kind: MediaKind
+    name: str  # key of Sample.media
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message: text and media in order, neighbouring texts joined."""
+
+    role: str
+    content: list[str | MediaSlot]
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """Token ids of a conversation."""
+
+    input_ids: Tensor  # [L] int64
+    labels: Tensor  # [L] int64, not shifted; IGNORE_INDEX except on the text of assistant turns and their <|im_end|>
+
+
+def parse_turns(messages: Sequence[Message]) -> list[Turn]:
+    """Check a conversation and put the default system turn first where it has none.
+
+    Raises:
+        SampleError: not a list of messages as ``Sample`` describes them.
+    """
+    if not messages:
+        raise SampleError("conversation without messages")
+    turns = []
+    for message in messages:
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            raise SampleError(f"message with role {role!r}; roles are {', '.join(ROLES)}")
+        turns.append(Turn(role, _parse_content(message.get("content"))))
+    if turns[0].role != "system":
+        turns.insert(0, Turn("system", [DEFAULT_SYSTEM_PROMPT]))
+    return turns
+
+
+def media_slots(messages: Sequence[Message]) -> list[MediaSlot]:
+    """Images and videos of a conversation in order of appearance.
+
+    Raises:
+        SampleError: see ``parse_turns``.
+    """
+    return [part for turn in parse_turns(messages) for part in turn.content if isinstance(part, MediaSlot)]
+
+
+def last_answer(messages: Sequence[Message]) -> str:
+    """Text of the last assistant turn.
+
+    Raises:
+        SampleError: there is none, or it is empty; see also ``parse_turns``.
+    """
+    for turn in reversed(parse_turns(messages)):
+        if turn.role == "assistant":
+            text = "".join(part for part in turn.content if isinstance(part, str))
+            if text.strip():
+                return text
+            break
+    raise SampleError("conversation without an answer: its last assistant turn is missing or empty")
+
+
+def chat_text(messages: Sequence[Message], generation_prompt: bool = False) -> str:
+    """Text of the published template, with one pad for each image or video.
+
+    For people and for comparison with other implementations; training encodes with ``encode_conversation``.
+
+    Raises:
+        SampleError: see ``parse_turns``.
+    """
+    text = ""
+    for turn in parse_turns(messages):
+        text += f"<|im_start|>{turn.role}\n"
+        for part in turn.content:
+            text += part if isinstance(part, str) else f"<|vision_start|><|{part.kind.value}_pad|><|vision_end|>"
+        text += "<|im_end|>\n"
+    return text + ("<|im_start|>assistant\n" if generation_prompt else "")
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    media_tokens: Sequence[int],
+    generation_prompt: bool = False,
+) -> EncodedChat:
+    """Encode a conversation for training, or with ``generation_prompt`` as a prompt.
+
+    The text of an assistant turn is encoded apart from its header, so that the boundary of the labels is always a
+    boundary of tokens, as it is while generating.
+
+    Args:
+        tokenizer: a fast tokenizer with the special tokens of Keye.
+        messages: see ``Sample``.
+        media_tokens: language tokens of each image and video, in order of appearance.
+
+    Raises:
+        SampleError: see ``parse_turns``.
+        ValueError: ``media_tokens`` does not match the conversation.
+    """
+    encoder = _encoder(tokenizer)
+    counts = iter(media_tokens)
+    ids: list[int] = []
+    labels: list[int] = []
+    for turn in parse_turns(messages):
+        for piece, learnt in _turn_ids(encoder, turn, counts):
+            ids += piece
+            labels += piece if learnt else [IGNORE_INDEX] * len(piece)
+    if next(counts, None) is not None:
+        raise ValueError(f"{len(media_tokens)} token counts for fewer images and videos")
+    if generation_prompt:
+        prompt = [encoder.im_start, *encoder.encode("assistant\n")]
+        ids += prompt
+        labels += [IGNORE_INDEX] * len(prompt)
+    return EncodedChat(torch.tensor(ids), torch.tensor(labels))
+
+
+def text_token_count(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> int:
+    """Language tokens of a conversation without the pads of its media: what ``grid_tokens`` adds to.
+
+    Raises:
+        SampleError: see ``parse_turns``.
+    """
+    return len(encode_conversation(tokenizer, messages, [0] * len(media_slots(messages))).input_ids)
+
+
+def _parse_content(content: Any) -> list[str | MediaSlot]:
+    if isinstance(content, str):
+        return [content]
+    if not isinstance(content, list):
+        raise SampleError(f"message content of type {type(content).__name__}; use a string or a list")
+    parts: list[str | MediaSlot] = []
+    for item in content:
+        part = _parse_item(item)
+        if isinstance(part, str) and parts and isinstance(parts[-1], str):
+            parts[-1] += part
+        else:
+            parts.append(part)
+    return parts
+
+
+def _parse_item(item: Any) -> str | MediaSlot:
+    kind = item.get("type") if isinstance(item, dict) else None
+    value = item.get(kind) if isinstance(kind, str) else None
+    if not isinstance(value, str):
+        raise SampleError(f'content item {str(item)[:80]!r}; use e.g. {{"type": "text", "text": ...}}')
+    if kind == "text":
+        return value
+    if kind in ("image", "video"):
+        return MediaSlot(MediaKind(kind), value)
+    raise SampleError(f"content item of type {kind!r}; types are text, image, video")
+
+
+def _turn_ids(encoder: _Encoder, turn: Turn, counts: Iterator[int]) -> Iterator[tuple[list[int], bool]]:
+    """Token ids of a turn piece by piece, each with whether it is learnt."""
+    answer = turn.role == "assistant"
+    header = f"{turn.role}\n"
+    content = list(turn.content)
+    if not answer and content and isinstance(content[0], str):
+        header += content.pop(0)  # one text for the tokenizer, as in the published pipeline
+    yield [encoder.im_start, *encoder.encode(header)], False
+    for part in content:
+        if isinstance(part, str):
+            yield encoder.encode(part), answer
+            continue
+        count = next(counts, None)
+        if count is None:
+            raise ValueError("more images and videos in the conversation than token counts")
+        pad = encoder.image_pad if part.kind == MediaKind.image else encoder.video_pad
+        yield [encoder.vision_start, *[pad] * count, encoder.vision_end], False
+    yield [encoder.im_end], answer
+    yield encoder.newline, False
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """A private copy of a tokenizer's core that reads special tokens in texts as ordinary characters."""
+
+    core: Tokenizer
+    im_start: int
+    im_end: int
+    vision_start: int
+    vision_end: int
+    image_pad: int
+    video_pad: int
+    newline: list[int]
+
+    def encode(self, text: str) -> list[int]:
+        return self.core.encode(text, add_special_tokens=False).ids
+
+
+@lru_cache(maxsize=8)
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> _Encoder:
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.encode_special_tokens = True
+    core.no_padding()
+    core.no_truncation()
+    names = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+    ids = {name: core.token_to_id(f"<|{name}|>") for name in names}
+    missing = [f"<|{name}|>" for name, token_id in ids.items() if token_id is None]
+    if missing:
+        raise ValueError(f"the tokenizer has no {', '.join(missing)}: add them as special tokens")
+    return _Encoder(core, **ids, newline=core.encode("\n", add_special_tokens=False).ids)

@@ -1,0 +1,121 @@
+"""Bytes of a picture -> 14 x 14 pixel patches, with exactly one resize.
+
+The size on the grid follows from the header (``positions.image_grid``), so ``probe_image`` and ``decode_image`` agree
+by construction. Pixels stay uint8; the model normalises them on its own device.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from einops import rearrange
+from PIL import ExifTags, Image
+
+from keye_train.data.sample import MediaInfo, MediaKind, SampleError
+from keye_train.model.positions import PATCH_SIZE, Grid, image_grid
+from keye_train.settings import ResolutionSettings
+
+MAX_PIXELS = 89_478_485  # a quarter GiB as RGB; Pillow's own threshold for a suspected decompression bomb
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # others can run helper programs (EPS) or are rare
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, struct.error, zlib.error)
+
+# EXIF orientation -> the transposition that puts the picture upright
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def probe_image(data: bytes) -> MediaInfo:
+    """Size of a picture after EXIF rotation, from its header alone.
+
+    Raises:
+        SampleError: not a picture in one of ``FORMATS``, or more than ``MAX_PIXELS`` pixels.
+    """
+    image, orientation = _open(data)
+    width, height = image.size
+    if orientation >= 5:
+        width, height = height, width
+    return MediaInfo(MediaKind.image, width, height)
+
+
+def decode_image(data: bytes, resolution: ResolutionSettings) -> tuple[np.ndarray, Grid]:
+    """Decode a picture into the patches that the vision tower reads; of an animation, the first frame.
+
+    Returns:
+        patches [h * w, 3, 14, 14] uint8 RGB in raster order, and the grid (1, h, w).
+
+    Raises:
+        SampleError: broken, too large, too thin, or of an unknown kind.
+    """
+    image, orientation = _open(data)
+    try:
+        image.load()
+    except _BROKEN as error:
+        raise SampleError(f"broken image: {error}") from error
+    image = to_rgb(image)
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    grid = image_grid(*image.size, resolution)
+    return to_patches(resize_to_grid(image, grid)[None]), grid
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to 8-bit RGB: transparency is laid on white, 16-bit levels are scaled to 8.
+
+    Raises:
+        SampleError: floating-point pixels, whose range is not known.
+    """
+    if image.mode == "F":
+        raise SampleError("image with floating-point pixels")
+    if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit levels at 255
+        levels = np.clip(np.asarray(image), 0, 65535) >> 8
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def resize_to_grid(image: Image.Image, grid: Grid) -> np.ndarray:
+    """Bicubic (antialiased) resize of an RGB picture to the pixels of one time step: [14 * h, 14 * w, 3] uint8."""
+    size = (grid[2] * PATCH_SIZE, grid[1] * PATCH_SIZE)
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+
+
+def to_patches(frames: np.ndarray) -> np.ndarray:
+    """Cut frames [t, 14 * h, 14 * w, 3] into patches [t * h * w, 3, 14, 14] in raster order (t, h, w)."""
+    patches = rearrange(frames, "t (h y) (w x) c -> (t h w) c y x", y=PATCH_SIZE, x=PATCH_SIZE)
+    return np.ascontiguousarray(patches)
+
+
+def _open(data: bytes) -> tuple[Image.Image, int]:
+    """Picture with only its header read, and its EXIF orientation (1 to 8)."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        orientation = _orientation(image)
+    except (Image.DecompressionBombError, *_BROKEN) as error:
+        raise SampleError(f"broken image: {error}") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise SampleError(f"image of {width} x {height} pixels is above the limit of {MAX_PIXELS} pixels")
+    return image, orientation
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":
+        return 1  # Pillow turns TIFF pictures itself, and reports the turned size
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # looking for the tag behind the pixels would decode them
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return value if value in _UPRIGHT else 1

@@ -1,0 +1,213 @@
+"""A sample in, tensors out: the one place where tokenizer, chat template, images, video and positions meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from keye_train.data.sample import MediaKind, Sample, SampleError, SampleRef
+from keye_train.model.chat import (
+    EncodedChat,
+    MediaSlot,
+    Message,
+    encode_conversation,
+    last_answer,
+    media_slots,
+    parse_turns,
+)
+from keye_train.model.images import decode_image
+from keye_train.model.packed import IGNORE_INDEX
+from keye_train.model.positions import PATCH_SIZE, Grid, grid_tokens, sample_positions
+from keye_train.model.video import decode_video
+from keye_train.settings import ModelSettings, ResolutionSettings, SettingsError
+
+# Field of model.special_tokens -> the token it stands for
+SPECIAL_TOKENS = {
+    "bos": "<|endoftext|>",
+    "eos": "<|im_end|>",
+    "pad": "<|endoftext|>",
+    "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+    "vision_pad": "<|vision_pad|>",
+    "image_pad": "<|image_pad|>",
+    "video_pad": "<|video_pad|>",
+}
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """One sample as tensors; L language tokens, M images and videos, P patches."""
+
+    ref: SampleRef
+    task: str
+    input_ids: Tensor  # [L] int64
+    labels: Tensor  # [L] int64, not shifted; IGNORE_INDEX outside assistant turns
+    position_ids: Tensor  # [3, L] int64: time, height, width
+    pixel_patches: Tensor  # [P, 3, 14, 14] uint8, in the order of the pad tokens
+    grid_thw: Tensor  # [M, 3] int64, in patches
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """One image and its caption for Stage 0."""
+
+    ref: SampleRef
+    task: str
+    pixel_patches: Tensor  # [P, 3, 14, 14] uint8
+    grid_thw: Tensor  # [1, 3] int64, in patches
+    text_ids: Tensor  # [max_tokens] int64, right-padded
+
+
+class KeyeProcessor:
+    """Turns samples into tensors. Its faults are ValueErrors; those of the data are SampleErrors."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, model: ModelSettings, resolution: ResolutionSettings
+    ) -> None:
+        _check_special_tokens(tokenizer, model)
+        _check_vocabulary(tokenizer, model.language.vocab_size, "model.language.vocab_size")
+        self.tokenizer = tokenizer
+        self.model = model
+        self.resolution = resolution
+
+    @classmethod
+    def from_settings(cls, model: ModelSettings, resolution: ResolutionSettings) -> KeyeProcessor:
+        """Load the tokenizer from its folder; nothing is fetched and no code of the folder is run.
+
+        Raises:
+            SettingsError: no tokenizer there, or one that disagrees with ``model.special_tokens`` or
+                ``model.language.vocab_size``.
+        """
+        return cls(_load(PreTrainedTokenizerFast, model.tokenizer, "model.tokenizer"), model, resolution)
+
+    @cached_property
+    def text_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer of the captions of Stage 0, loaded on first use because no other stage needs it.
+
+        Raises:
+            SettingsError: it cannot be loaded, has no pad token, or does not fit ``model.text_tower.vocab_size``.
+        """
+        folder, setting = self.model.text_tower.tokenizer, "model.text_tower.tokenizer"
+        tokenizer = self.tokenizer if folder is None else _load(AutoTokenizer, folder, setting)
+        if tokenizer.pad_token_id is None:
+            raise SettingsError(f"{setting}={folder}: no pad token; name one in tokenizer_config.json")
+        _check_vocabulary(tokenizer, self.model.text_tower.vocab_size, "model.text_tower.vocab_size")
+        return tokenizer
+
+    def encode(self, sample: Sample) -> EncodedSample:
+        """Tensors of a sample for the language objective.
+
+        Raises:
+            SampleError: whatever is wrong with the sample, and samples that teach nothing (no assistant turn).
+        """
+        encoded = self._encode(sample, sample.messages, generation_prompt=False)
+        if not bool((encoded.labels != IGNORE_INDEX).any()):
+            raise SampleError("conversation without an assistant turn")
+        return encoded
+
+    def encode_prompt(self, sample: Sample) -> EncodedSample:
+        """Tensors of a sample up to the place where its last answer would begin; no label is set.
+
+        Raises:
+            SampleError: whatever is wrong with the sample.
+        """
+        parse_turns(sample.messages)
+        answers = [i for i, message in enumerate(sample.messages) if message["role"] == "assistant"]
+        messages = sample.messages[: answers[-1]] if answers else sample.messages
+        encoded = self._encode(sample, messages, generation_prompt=True)
+        encoded.labels.fill_(IGNORE_INDEX)
+        return encoded
+
+    def encode_pair(self, sample: Sample) -> EncodedPair:
+        """The only image of a sample and its caption, which is the text of the last assistant turn.
+
+        Raises:
+            SampleError: broken, no caption, or not exactly one image.
+        """
+        caption = last_answer(sample.messages)
+        media = _media_of(sample, media_slots(sample.messages))
+        if [kind for kind, _ in media] != [MediaKind.image]:
+            raise SampleError(f"a caption pair needs exactly one image and nothing else, this has {len(media)} media")
+        patches, grid = decode_image(media[0][1], self.resolution)
+        text_ids = self.text_tokenizer(
+            caption,
+            max_length=self.model.text_tower.max_tokens,
+            truncation=True,
+            padding="max_length",
+            padding_side="right",
+            split_special_tokens=True,
+        )["input_ids"]
+        return EncodedPair(
+            sample.ref, sample.task, torch.from_numpy(patches), torch.tensor([grid]), torch.tensor(text_ids)
+        )
+
+    def _encode(self, sample: Sample, messages: list[Message], generation_prompt: bool) -> EncodedSample:
+        patches: list[np.ndarray] = [np.empty((0, 3, PATCH_SIZE, PATCH_SIZE), dtype=np.uint8)]
+        grids: list[Grid] = []
+        seconds: list[float] = []
+        for kind, data in _media_of(sample, media_slots(messages)):
+            if kind == MediaKind.image:
+                own, grid = decode_image(data, self.resolution)
+                step = 0.0
+            else:
+                own, grid, step = decode_video(data, self.resolution)
+            patches.append(own)
+            grids.append(grid)
+            seconds.append(step)
+        chat: EncodedChat = encode_conversation(
+            self.tokenizer, messages, [grid_tokens(grid) for grid in grids], generation_prompt
+        )
+        ids = self.model.special_tokens
+        position_ids = sample_positions(
+            chat.input_ids, grids, seconds, image_pad_id=ids.image_pad, video_pad_id=ids.video_pad
+        )
+        return EncodedSample(
+            ref=sample.ref,
+            task=sample.task,
+            input_ids=chat.input_ids,
+            labels=chat.labels,
+            position_ids=position_ids,
+            pixel_patches=torch.from_numpy(np.concatenate(patches)),
+            grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+        )
+
+
+def _media_of(sample: Sample, slots: list[MediaSlot]) -> list[tuple[MediaKind, bytes]]:
+    for slot in slots:
+        if slot.name not in sample.media:
+            raise SampleError(f"{slot.kind.value} {slot.name!r} is not in the shard; media: {sorted(sample.media)}")
+    return [(slot.kind, sample.media[slot.name]) for slot in slots]
+
+
+def _load(loader: type, folder: str, setting: str) -> PreTrainedTokenizerBase:
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        raise SettingsError(f"{setting}={folder}: no tokenizer_config.json there; name a folder that holds a tokenizer")
+    try:
+        return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{setting}={folder}: the tokenizer cannot be loaded: {error}") from error
+
+
+def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, model: ModelSettings) -> None:
+    vocabulary = tokenizer.get_vocab()
+    for name, token in SPECIAL_TOKENS.items():
+        if token not in vocabulary:
+            raise SettingsError(f"model.tokenizer={model.tokenizer} has no token {token}")
+        wanted = getattr(model.special_tokens, name)
+        if vocabulary[token] != wanted:
+            raise SettingsError(
+                f"model.special_tokens.{name}={wanted}, but {token} is {vocabulary[token]} in "
+                f"model.tokenizer={model.tokenizer}: set model.special_tokens.{name}={vocabulary[token]}"
+            )
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, setting: str) -> None:
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise SettingsError(f"{setting}={vocab_size} is too small: the tokenizer has ids up to {largest}")
