@@ -167,8 +167,8 @@ def _parse_content(content: Any) -> list[str | MediaSlot]:
     parts: list[str | MediaSlot] = []
     for item in content:
         part = _parse_item(item)
-        if isinstance(part, str) and parts and isinstance(parts[-1], str):
-            parts[-1] += part
+        if isinstance(part, str) and parts and isinstance(before := parts[-1], str):
+            parts[-1] = before + part
         else:
             parts.append(part)
     return parts
@@ -191,8 +191,9 @@ def _turn_ids(encoder: _Encoder, turn: Turn, counts: Iterator[int]) -> Iterator[
     answer = turn.role == "assistant"
     header = f"{turn.role}\n"
     content = list(turn.content)
-    if not answer and content and isinstance(content[0], str):
-        header += content.pop(0)  # one text for the tokenizer, as in the published pipeline
+    if not answer and content and isinstance(opening := content[0], str):
+        header += opening  # one text for the tokenizer, as in the published pipeline
+        del content[0]
     yield [encoder.im_start, *encoder.encode(header)], False
     for part in content:
         if isinstance(part, str):
@@ -231,8 +232,9 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> _Encoder:
     core.no_padding()
     core.no_truncation()
     names = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
-    ids = {name: core.token_to_id(f"<|{name}|>") for name in names}
-    missing = [f"<|{name}|>" for name, token_id in ids.items() if token_id is None]
+    found = {name: core.token_to_id(f"<|{name}|>") for name in names}
+    ids = {name: token_id for name, token_id in found.items() if token_id is not None}
+    missing = [f"<|{name}|>" for name in names if name not in ids]
     if missing:
         raise ValueError(f"the tokenizer has no {', '.join(missing)}: add them as special tokens")
     return _Encoder(core, **ids, newline=core.encode("\n", add_special_tokens=False).ids)

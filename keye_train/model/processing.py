@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -185,7 +186,7 @@ def _media_of(sample: Sample, slots: list[MediaSlot]) -> list[tuple[MediaKind, b
     return [(slot.kind, sample.media[slot.name]) for slot in slots]
 
 
-def _load(loader: type, folder: str, setting: str) -> PreTrainedTokenizerBase:
+def _load(loader: Any, folder: str, setting: str) -> PreTrainedTokenizerBase:
     if not (Path(folder) / "tokenizer_config.json").is_file():
         raise SettingsError(f"{setting}={folder}: no tokenizer_config.json there; name a folder that holds a tokenizer")
     try:

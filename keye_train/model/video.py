@@ -81,7 +81,7 @@ class _Stream:
             for packet in [*self.packets[start:stop], None]:
                 for frame in self.context.decode(packet):
                     _check_frame(frame)
-                    while latest is not None and targets and targets[0] < frame.pts:
+                    while latest is not None and targets and targets[0] < (frame.pts or 0):
                         yield latest
                         targets.popleft()
                     latest = frame
@@ -107,16 +107,16 @@ class _Stream:
 def _opened(data: bytes) -> Iterator[_Stream]:
     """Demux a video and decode its first frame; FFmpeg's errors within the block become SampleError."""
     try:
-        with av.open(io.BytesIO(data), options={"format_whitelist": DEMUXERS}) as container:
+        with av.open(io.BytesIO(data), mode="r", options={"format_whitelist": DEMUXERS}) as container:
             if not container.streams.video:
                 raise SampleError("media without a video stream")
             video = container.streams.video[0]
             context = video.codec_context
             context.thread_count = 1
             packets = [packet for packet in container.demux(video) if packet.size]
+            fps = _frame_rate(video, packets)
             times = _presentation_times(packets)
             width, height = _upright_size(context, packets)
-            fps = _frame_rate(video, times)
             yield _Stream(context, packets, times, MediaInfo(MediaKind.video, width, height, len(packets), fps))
     except av.FFmpegError as error:
         raise SampleError(f"broken video: {error.strerror}") from error
@@ -124,18 +124,19 @@ def _opened(data: bytes) -> Iterator[_Stream]:
 
 def _presentation_times(packets: list[av.Packet]) -> list[int]:
     """Time stamp of each packet; streams without them (raw or AVI) are numbered in decoding order."""
-    if any(packet.pts is None for packet in packets):
-        for number, packet in enumerate(packets):
-            packet.pts = number
-    return [packet.pts for packet in packets]
+    times = [packet.pts for packet in packets if packet.pts is not None]
+    if len(times) == len(packets):
+        return times
+    for number, packet in enumerate(packets):
+        packet.pts = number
+    return list(range(len(packets)))
 
 
-def _frame_rate(video: av.VideoStream, times: list[int]) -> float:
+def _frame_rate(video: av.VideoStream, packets: list[av.Packet]) -> float:
     """Average frames per second from the time stamps, or the header's where they say nothing."""
-    span = max(times) - min(times)
-    counted = times == list(range(len(times)))  # numbered by us
-    if span > 0 and not counted and video.time_base:
-        return float((len(times) - 1) / (span * video.time_base))
+    times = [packet.pts for packet in packets if packet.pts is not None]
+    if len(times) == len(packets) > 1 and max(times) > min(times) and video.time_base:
+        return float((len(times) - 1) / ((max(times) - min(times)) * video.time_base))
     return float(video.average_rate or video.guessed_rate or 0)
 
 
@@ -153,5 +154,7 @@ def _upright_size(context: av.VideoCodecContext, packets: list[av.Packet]) -> tu
 def _check_frame(frame: av.VideoFrame) -> None:
     if frame.is_corrupt:
         raise SampleError("broken video: a frame is corrupt")
+    if frame.pts is None:
+        raise SampleError("broken video: a frame has no time stamp")
     if frame.width * frame.height > MAX_FRAME_PIXELS:
         raise SampleError(f"video of {frame.width} x {frame.height} pixels is above {MAX_FRAME_PIXELS} pixels a frame")
