@@ -1,0 +1,183 @@
+"""One variable-length attention for both towers: samples of a packed row never see each other.
+
+Legend: T packed tokens, S segments, H query heads, G key/value heads (G divides H), D head width, B rows.
+
+Back ends, by device and data type:
+
+====================  =====================================================================
+CUDA, half precision  flash-attn where it is installed, else ``torch.nn.attention.varlen``
+everything else       scaled-dot-product attention, segment by segment
+====================  =====================================================================
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+PACKED_ATTENTION = "keye_packed"  # name under which transformers' layers find ``layer_attention``
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Borders of the attention segments of a packed row."""
+
+    cu_seqlens: Tensor  # [S + 1] int32, on the device of the row
+    max_seqlen: int  # longest segment; known without asking the device
+
+    @classmethod
+    def equal(cls, count: int, length: int, device: torch.device) -> Segments:
+        """``count`` segments of ``length`` each."""
+        borders = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=device)
+        return cls(borders, length)
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_segments: Segments,
+    key_segments: Segments | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention within each segment.
+
+    Args:
+        query: [T, H, D].
+        key, value: [T', G, D].
+        query_segments: segments of the query; they cover T.
+        key_segments: segments of key and value, as many as the query's; None: the same.
+        causal: each token sees itself and what stands before it in its segment (needs equal segments).
+        scale: factor of the dot products; None: D ** -0.5.
+
+    Returns:
+        [T, H, D].
+    """
+    key_segments = key_segments or query_segments
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    elif key.dtype != value.dtype:
+        query, key = query.to(value.dtype), key.to(value.dtype)
+    if device == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        return _flash_attention()(query, key, value, query_segments, key_segments, causal, scale)
+    return _attention_by_segment(query, key, value, query_segments, key_segments, causal, scale)
+
+
+def layer_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segments: Segments | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of the language model's layers, registered with transformers.
+
+    Args:
+        module: the layer's attention.
+        query: [B, H, L, D].
+        key, value: [B, G, L', D], L' counts the cache too.
+        attention_mask: [B, 1, L, L'] bool, True where the query may look; None with ``segments``, or with L = 1 and
+            no padding.
+        scaling: factor of the dot products.
+        dropout: must be 0.
+        segments: a packed row (B = 1) of these causal segments.
+
+    Returns:
+        [B, L, H, D] and None, for the attention weights that are never formed.
+    """
+    assert dropout == 0.0, "attention dropout is not supported"
+    if segments is not None:
+        assert query.shape[0] == 1, "a packed row has no batch"
+        assert attention_mask is None, "a packed row has no mask"
+        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+        return packed_attention(query, key, value, segments, causal=True, scale=scaling)[None], None
+    assert attention_mask is not None or query.shape[2] == 1, "more than one query needs a mask"
+    grouped = query.shape[1] != key.shape[1]
+    query, key = query.to(value.dtype), key.to(value.dtype)  # norms may promote under autocast
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(PACKED_ATTENTION, layer_attention)
+
+
+def _attention_by_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_segments: Segments,
+    key_segments: Segments,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Any device and data type. Neighbours of equal length go through one call as a batch."""
+    lengths = zip(query_segments.cu_seqlens.diff().tolist(), key_segments.cu_seqlens.diff().tolist(), strict=True)
+    runs = [(shape, len(list(group))) for shape, group in groupby(lengths)]
+    # One split, not many slices: the backward of a slice writes a whole row of zeros.
+    queries = query.split([count * length for (length, _), count in runs])
+    key_sizes = [count * length for (_, length), count in runs]
+    keys, values = key.split(key_sizes), value.split(key_sizes)
+    grouped = query.shape[1] != key.shape[1]
+    outputs = []
+    for (_, count), run_query, run_key, run_value in zip(runs, queries, keys, values, strict=True):
+        query, key, value = (
+            states.unflatten(0, (count, -1)).transpose(1, 2) for states in (run_query, run_key, run_value)
+        )
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
+
+
+@cache
+def _flash_attention() -> Callable[..., Tensor]:
+    """The fused kernel of this installation, with one signature."""
+    if importlib.util.find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_varlen_func
+
+        def installed(
+            query: Tensor, key: Tensor, value: Tensor, q: Segments, k: Segments, causal: bool, scale: float | None
+        ) -> Tensor:
+            borders = (q.cu_seqlens, k.cu_seqlens, q.max_seqlen, k.max_seqlen)
+            return flash_attn_varlen_func(query, key, value, *borders, softmax_scale=scale, causal=causal)
+
+        return installed
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 knows no grouped heads: its keys and values are repeated instead.
+    knows_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def built_in(
+        query: Tensor, key: Tensor, value: Tensor, q: Segments, k: Segments, causal: bool, scale: float | None
+    ) -> Tensor:
+        options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1)}
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and knows_groups:
+            options["enable_gqa"] = True
+        elif groups > 1:
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        output = varlen_attn(query, key, value, q.cu_seqlens, k.cu_seqlens, q.max_seqlen, k.max_seqlen, **options)
+        assert isinstance(output, Tensor)
+        return output
+
+    return built_in

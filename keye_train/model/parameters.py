@@ -1,0 +1,48 @@
+"""Which parameters belong to which module of a recipe, and the switch for activation checkpointing."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+MODULE_PREFIXES = {
+    "visual.": "vision",
+    "mlp_AR.": "projector",
+    "model.": "language",
+    "lm_head.": "language",
+    "text_model.": "text_tower",
+    "logit_scale": "text_tower",
+    "logit_bias": "text_tower",
+}
+PACKING_TABLE = "visual.vision_model.embeddings.packing_position_embedding.weight"
+POOLING_HEAD = "visual.vision_model.head."
+
+
+def module_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Parameters of each module that a stage may train: vision, projector, language, text_tower.
+
+    What no loss reaches is left out, so it stays frozen and out of every optimizer: ``packing_position_embedding``
+    always, and the pooling head in a model without a text tower. All others get a gradient from every pack.
+
+    Args:
+        model: a KeyeForConditionalGeneration or a DualEncoder.
+    """
+    modules: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    contrastive = hasattr(model, "text_model")
+    for name, parameter in model.named_parameters():
+        unread = name == PACKING_TABLE or (name.startswith(POOLING_HEAD) and not contrastive)
+        if not unread:
+            module = next(module for prefix, module in MODULE_PREFIXES.items() if name.startswith(prefix))
+            modules.setdefault(module, []).append((name, parameter))
+    return modules
+
+
+def enable_activation_checkpointing(model: nn.Module) -> None:
+    """Keep only the input of each layer of every tower; the backward computes the rest again."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.gradient_checkpointing = True
+            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
