@@ -1,0 +1,113 @@
+"""Held-out samples: which of them are asked, and what they expect."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shlex
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from keye_train.data.formats import parse_sample
+from keye_train.data.index import find_shards, index_path, read_columns
+from keye_train.data.reader import ShardReader, offsets_path
+from keye_train.data.sample import Sample, SampleError, SampleRef
+from keye_train.evaluation.scoring import Target
+from keye_train.settings import DataSettings, SettingsError, SourceSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One held-out sample and what it expects."""
+
+    sample: Sample
+    target: Target
+
+
+@dataclass
+class Heldout:
+    """The samples of one task."""
+
+    task: str
+    questions: list[Question] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)  # shard, key, reason
+
+
+def read_tasks(data: DataSettings, samples_per_task: int, seed: int) -> dict[str, Heldout]:
+    """Draw at most ``samples_per_task`` samples of each task of ``data.heldout``.
+
+    The draw depends on the seed, the task's name and the rows of its shards alone, so every model is asked the same.
+    Samples that cannot be read stand in ``skipped``.
+
+    Raises:
+        SettingsError: a shard or its index is missing, or a task has no sample that can be read.
+    """
+    tasks = {}
+    for task, source in data.heldout.items():
+        heldout = Heldout(task)
+        for ref, members, error in read_drawn(source, samples_per_task, seed, name=task):
+            try:
+                if error is not None:
+                    raise SampleError(error)
+                sample = parse_sample(ref, members)
+                heldout.questions.append(Question(sample, Target.of(sample)))
+            except SampleError as problem:
+                heldout.skipped.append({"shard": ref.shard, "key": ref.key, "reason": str(problem)})
+        for skipped in heldout.skipped:
+            logger.warning("%s: %s of %s is left out: %s", task, skipped["key"], skipped["shard"], skipped["reason"])
+        if not heldout.questions:
+            raise SettingsError(f"data.heldout.{task}: none of its samples can be asked; check {source.shards}")
+        tasks[task] = heldout
+    return tasks
+
+
+def read_drawn(
+    source: SourceSettings, count: int, seed: int, name: str
+) -> Iterator[tuple[SampleRef, dict[str, bytes], str | None]]:
+    """Draw ``count`` samples of a source without replacement; all of them where it has fewer.
+
+    Yields:
+        Reference, members of the tar (name without the key -> bytes), and why the sample cannot be read or None.
+    """
+    rows = [(shard, row) for shard in _indexed_shards(source) for row in range(len(read_columns(shard, ["key"])))]
+    draw = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    reader = ShardReader()
+    try:
+        for number in sorted(draw.permutation(len(rows))[:count].tolist()):
+            shard, row = rows[number]
+            try:
+                key, members = reader.read(shard, row)
+                yield SampleRef(name, shard, key), members, None
+            except SampleError as error:
+                yield SampleRef(name, shard, f"row {row}"), {}, str(error)
+    finally:
+        reader.close()
+
+
+def fingerprint(samples: Iterable[Sample]) -> str:
+    """SHA-256 of what the samples are: media, conversations and expectations, not where they lie."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        content = sorted(sample.meta.items(), key=lambda item: item[0])
+        media = [(name, hashlib.sha256(value).hexdigest()) for name, value in sorted(sample.media.items())]
+        digest.update(repr((sample.ref.key, sample.task, sample.messages, content, media)).encode())
+    return digest.hexdigest()
+
+
+def _indexed_shards(source: SourceSettings) -> list[str]:
+    try:
+        shards = find_shards(source.shards)
+    except ValueError as error:
+        raise SettingsError(f"held-out data: {error}") from error
+    for shard in shards:
+        if not index_path(shard).exists() or not offsets_path(Path(shard)).exists():
+            raise SettingsError(
+                f"the held-out shard {shard} has no index; run: keye-data index {shlex.quote(shard)} --tokenizer FOLDER"
+            )
+    return shards
