@@ -64,13 +64,12 @@ def smart_resize(width: int, height: int, min_tokens: int, max_tokens: int) -> t
     if width < TOKEN_SIDE:
         width, height = TOKEN_SIDE, round(height * TOKEN_SIDE / width)
     rows, columns = round(height / TOKEN_SIDE), round(width / TOKEN_SIDE)
-    tokens = width * height / TOKEN_SIDE**2
     if rows * columns > max_tokens:
-        scale = math.sqrt(tokens / max_tokens)
+        scale = math.sqrt(width * height / (max_tokens * TOKEN_SIDE**2))
         rows = max(1, math.floor(height / scale / TOKEN_SIDE))
         columns = max(1, math.floor(width / scale / TOKEN_SIDE))
     elif rows * columns < min_tokens:
-        scale = math.sqrt(min_tokens / tokens)
+        scale = math.sqrt(min_tokens * TOKEN_SIDE**2 / (width * height))
         rows = math.ceil(height * scale / TOKEN_SIDE)
         columns = math.ceil(width * scale / TOKEN_SIDE)
     # Rounding up, or a side held at 1, can still overshoot; the longer side pays.

@@ -1,0 +1,136 @@
+"""Promises: what the header and packets foretell is what is decoded; the right frames; broken data is a SampleError."""
+
+import io
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_inputs import flat_frames, synthetic_image, video_bytes
+
+from keye_train.data.sample import MediaInfo, MediaKind, SampleError
+from keye_train.model.images import resize_to_grid, to_patches
+from keye_train.model.positions import grid_tokens, media_grid, video_frame_indices
+from keye_train.model.video import decode_video, probe_video
+from keye_train.settings import ResolutionSettings
+
+
+def resolution(fps: float = 2.0, min_frames: int = 2, max_tokens: int = 600) -> ResolutionSettings:
+    return ResolutionSettings(
+        video_frame_min_tokens=2,
+        video_frame_max_tokens=12,
+        video_max_tokens=max_tokens,
+        video_fps=fps,
+        video_min_frames=min_frames,
+    )
+
+
+def frame_levels(data: bytes, wanted: ResolutionSettings) -> list[int]:
+    """Number of the flat frame that each time step shows."""
+    patches, grid, _ = decode_video(data, wanted)
+    return [round(float(step.mean()) / 8) for step in np.split(patches, grid[0])]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    width=st.integers(8, 60).map(lambda n: 2 * n),
+    height=st.integers(8, 60).map(lambda n: 2 * n),
+    frames=st.integers(1, 30),
+    fps=st.integers(1, 60),
+    rate=st.floats(0.5, 8),
+    codec=st.sampled_from([("mp4", "libx264"), ("mp4", "mpeg4"), ("webm", "libvpx"), ("matroska", "libx264")]),
+)
+def test_tokens_foretold_are_the_tokens_decoded(
+    width: int, height: int, frames: int, fps: int, rate: float, codec: tuple[str, str]
+) -> None:
+    pictures = [synthetic_image(height, width, i % 11) for i in range(frames)]
+    data = video_bytes(pictures, fps, container=codec[0], codec=codec[1])
+    info = probe_video(data)
+    wanted = resolution(rate)
+    assert (info.kind, info.width, info.height, info.frames) == (MediaKind.video, width, height, frames)
+    assert info.fps == pytest.approx(fps, rel=0.02)
+    patches, grid, seconds = decode_video(data, wanted)
+    assert grid == media_grid(info, wanted)
+    assert len(patches) == 4 * grid_tokens(grid)
+    assert grid_tokens(grid) <= wanted.video_max_tokens
+    assert seconds * grid[0] == pytest.approx(info.frames / info.fps)
+
+
+@pytest.mark.parametrize("key_every", [1, 5, 250])
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_the_frames_named_by_the_sampling_are_the_frames_shown(codec: str, key_every: int) -> None:
+    data = video_bytes(flat_frames(31), fps=10, codec=codec, key_every=key_every)
+    for rate in (0.5, 1.0, 2.0, 10.0):
+        wanted = resolution(rate)
+        assert frame_levels(data, wanted) == video_frame_indices(probe_video(data), wanted)
+
+
+def test_skipping_between_key_frames_changes_no_pixel() -> None:
+    rng = np.random.default_rng(0)
+    ramps = [synthetic_image(64, 96, i % 7) // 2 + rng.integers(0, 99, dtype=np.uint8) for i in range(60)]
+    data = video_bytes(ramps, fps=10, key_every=6)
+    wanted = resolution(rate := 0.5)
+    patches, grid, _ = decode_video(data, wanted)
+    with av.open(io.BytesIO(data)) as container:
+        every = [frame.to_image() for frame in container.decode(video=0)]
+    indices = video_frame_indices(MediaInfo(MediaKind.video, 96, 64, 60, 10.0), wanted)
+    assert len(indices) == rate * 6
+    assert np.array_equal(patches, np.concatenate([to_patches(resize_to_grid(every[i], grid)[None]) for i in indices]))
+
+
+def test_a_very_short_video_repeats_its_frames() -> None:
+    assert frame_levels(video_bytes(flat_frames(2)), resolution(min_frames=4)) == [0, 0, 1, 1]
+
+
+def test_a_stream_without_time_stamps_is_read_in_order() -> None:
+    data = video_bytes(flat_frames(20), fps=10, container="avi", codec="mpeg4")
+    info = probe_video(data)
+    assert (info.frames, info.fps) == (20, pytest.approx(10))
+    assert frame_levels(data, resolution()) == video_frame_indices(info, resolution())
+
+
+def test_a_turned_video_is_put_upright() -> None:
+    picture = np.zeros((32, 64, 3), dtype=np.uint8)
+    picture[:, :32] = 200  # left half bright
+    data = video_bytes([picture] * 4, rotation=90)
+    info = probe_video(data)
+    assert (info.width, info.height) == (32, 64)
+    patches, grid, _ = decode_video(data, resolution())
+    steps = patches.reshape(*grid, -1).mean(axis=(0, 2, 3))  # [h]
+    assert grid == media_grid(info, resolution())
+    assert steps[-1] > 150 > 50 > steps[0]  # a quarter turn counter-clockwise: left becomes bottom
+
+
+def test_a_file_cut_off_or_overwritten_is_a_sample_error() -> None:
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(20)]
+    data = video_bytes(noise)
+    middle = len(data) // 2
+    scratched = data[:middle] + rng.bytes(2000) + data[middle + 2000 :]
+    for broken in (data[:middle], data[:50], b"", b"no video at all"):
+        with pytest.raises(SampleError, match="broken video"):
+            probe_video(broken)
+    with pytest.raises(SampleError, match="broken video"):
+        decode_video(scratched, resolution(10.0))
+
+
+def test_media_without_a_picture_track_is_a_sample_error() -> None:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as output:
+        sound = output.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        output.mux(sound.encode(frame))
+        output.mux(sound.encode(None))
+    with pytest.raises(SampleError, match="without a video stream"):
+        probe_video(buffer.getvalue())
+
+
+def test_a_playlist_cannot_make_the_decoder_open_other_files(tmp_path: Path) -> None:
+    target = tmp_path / "secret.mp4"
+    target.write_bytes(video_bytes(flat_frames(4)))
+    for text in (f"ffconcat version 1.0\nfile {target}\n", f"#EXTM3U\n#EXTINF:1,\n{target}\n#EXT-X-ENDLIST\n"):
+        with pytest.raises(SampleError, match="broken video"):
+            probe_video(text.encode())
