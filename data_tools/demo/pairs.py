@@ -1,0 +1,87 @@
+"""Stage 0's pairs: one picture and a caption with so many combinations of attributes that most captions are distinct.
+
+The contrastive loss treats every other caption of a batch as wrong, so captions that repeat would teach a falsehood.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+
+from data_tools.demo.canvas import COLOURS, readable, shade
+from data_tools.demo.studio import Draft, Studio
+from data_tools.demo.tasks_objects import one_digit, place
+from data_tools.demo.tasks_words import (
+    CAPTIONED,
+    CHINESE_WORDS,
+    DESCRIBE,
+    LATIN_WORDS,
+    article,
+    render_word,
+    two_things_scene,
+)
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def _pair(studio: Studio, kind: str, image: Image.Image, caption: str, made_from: dict[str, Any]) -> Draft:
+    draft = Draft(f"pairs_{kind}", [], caption, "exact", made_from=made_from)
+    draft.parts = [studio.photograph(draft, image), studio.pick(DESCRIBE)]
+    return draft
+
+
+def _ink_and_paper(studio: Studio) -> tuple[str, str]:
+    """Names of two colours that differ in brightness."""
+    ink = studio.pick(tuple(COLOURS))
+    return ink, studio.pick([name for name in COLOURS if readable(COLOURS[ink], COLOURS[name])])
+
+
+def pairs_objects(studio: Studio) -> Draft:
+    """One object on a named colour or over a named photograph, or two objects."""
+    kind = studio.pick(("paper", "photo", "two"))
+    if kind == "two":
+        return _pair(studio, "objects", *two_things_scene(studio))
+    size = studio.size()
+    thing = studio.thing()
+    if kind == "photo":
+        card = studio.pick(CAPTIONED)
+        image, backdrop = studio.backdrop(size, [], file=card.file)
+        words = studio.pick(("{} over {}", "{} in front of {}")).format(article(thing.name), card.noun)
+    else:
+        ink, paper = _ink_and_paper(studio)
+        thing = studio.thing(colours=(ink,))
+        plain = shade(paper, studio.rng)
+        image, backdrop = Image.new("RGB", size, plain), {"plain": list(plain)}
+        words = studio.pick(("{} on {}", "{} on a {} ground")).format(article(thing.name), paper)
+    drawn = thing.draw(image, place(studio, size, 0.5, 0.8), outline=kind == "photo")
+    return _pair(studio, "objects", image, words, {"objects": [drawn], "backdrop": backdrop})
+
+
+def pairs_digits(studio: Studio) -> Draft:
+    """A digit scan with the colours of its ink and paper."""
+    ink, paper = _ink_and_paper(studio)
+    image, made_from = one_digit(studio, None, ink, studio.size(square=0.6, longest_aspect=1.5), paper)
+    number = NUMBERS[made_from["digits"][0]["digit"]]
+    made_from["paper"] = paper
+    words = studio.pick((f"{article(ink)} {number} on {paper}", f"the digit {number} in {ink} on {paper}"))
+    return _pair(studio, "digits", image, words, made_from)
+
+
+def pairs_words(studio: Studio) -> Draft:
+    """A rendered word with the colours of its ink and paper."""
+    ink, paper = _ink_and_paper(studio)
+    word = studio.pick(CHINESE_WORDS if studio.chance(0.33) else LATIN_WORDS)
+    image, made_from = render_word(studio, word, shade(ink, studio.rng), shade(paper, studio.rng))
+    made_from |= {"ink": ink, "paper": paper}
+    words = studio.pick(("the word {word} in {ink} on {paper}", "{word} in {ink} on {paper}"))
+    draft = _pair(studio, "words", image, words.format(word=word, ink=ink, paper=paper), made_from)
+    draft.extra["language"] = "zh" if word in CHINESE_WORDS else "en"
+    return draft
+
+
+def pairs_photos(studio: Studio) -> Draft:
+    """A photograph with one of its two hand-written captions."""
+    card = studio.pick(CAPTIONED)
+    image, region = studio.photo_crop(studio.size(), card.file, card.least_share)
+    return _pair(studio, "photos", image, studio.pick((card.caption, card.wording)), {"photos": [region]})

@@ -1,0 +1,161 @@
+"""Questions about drawn objects and digit scans: shape, digit, count, ground, compare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+
+from data_tools.demo.canvas import Box, draw_scan, shade
+from data_tools.demo.studio import Draft, Studio, Thing
+
+COUNT_MAX = 5
+GRID = 4  # grounding: cells along the longer side; an object covers 2 x 2 cells
+COORDINATES = 1000  # boxes and points are integers in [0, 1000)
+
+
+def place(studio: Studio, size: tuple[int, int], low: float, high: float) -> Box:
+    """A square box inside a canvas; its side is ``low`` to ``high`` times the shorter side."""
+    side = round(min(size) * studio.rng.uniform(low, high))
+    left = int(studio.rng.integers(size[0] - side + 1))
+    top = int(studio.rng.integers(size[1] - side + 1))
+    return left, top, left + side, top + side
+
+
+def one_thing(studio: Studio, thing: Thing, size: tuple[int, int]) -> tuple[Image.Image, dict[str, Any]]:
+    """A large object on a backdrop, and the record of both."""
+    image, backdrop = studio.backdrop(size, [thing.rgb])
+    drawn = thing.draw(image, place(studio, size, 0.55, 0.9), outline="photo" in backdrop)
+    return image, {"objects": [drawn], "backdrop": backdrop}
+
+
+def one_digit(
+    studio: Studio, digit: int | None, ink: str, size: tuple[int, int], paper: str | None = None
+) -> tuple[Image.Image, dict[str, Any]]:
+    """A digit scan that nearly fills the shorter side of a canvas, and its record; ``paper`` names the background."""
+    index, scan, label = studio.scan(digit)
+    rgb = shade(ink, studio.rng)
+    if paper is None:
+        image, backdrop = studio.page(size, rgb)
+    else:
+        plain = shade(paper, studio.rng)
+        image, backdrop = Image.new("RGB", size, plain), {"plain": list(plain)}
+    box = place(studio, size, 0.88, 1.0)
+    draw_scan(image, scan, rgb, box, angle=float(studio.rng.uniform(-8, 8)))
+    record = {"scan": index, "digit": label, "ink": ink, "box": list(box)}
+    return image, {"digits": [record], "backdrop": backdrop}
+
+
+def shape(studio: Studio) -> Draft:
+    """Colour and shape of one object."""
+    thing = studio.thing()
+    image, made_from = one_thing(studio, thing, studio.size())
+    draft = Draft("shape", [], thing.name, "exact", made_from=made_from)
+    draft.parts = [studio.photograph(draft, image), studio.pick(("What is shown?", "Colour and shape?"))]
+    return draft
+
+
+def digit(studio: Studio) -> Draft:
+    """One handwritten digit."""
+    image, made_from = one_digit(studio, None, studio.thing().colour, studio.size(square=0.6, longest_aspect=1.5))
+    draft = Draft("digit", [], str(made_from["digits"][0]["digit"]), "exact", made_from=made_from)
+    draft.parts = [studio.photograph(draft, image, grey=True), studio.pick(("Which digit?", "Read the digit."))]
+    return draft
+
+
+def count(studio: Studio) -> Draft:
+    """How many objects: one to five, alike or of several colours, on a 3 x 3 grid."""
+    number = int(studio.rng.integers(1, COUNT_MAX + 1))
+    kind = studio.thing()
+    mixed = studio.chance(0.3)
+    things = [studio.thing(shapes=(kind.shape,)) if mixed else kind for _ in range(number)]
+    side = int(studio.rng.integers(28, 38))
+    size = (3 * side, 3 * side)
+    image, backdrop = studio.backdrop(size, [thing.rgb for thing in things], photo_share=0.2)
+    drawn = []
+    for thing, cell in zip(things, studio.rng.permutation(9)[:number].tolist(), strict=True):
+        margin = int(studio.rng.integers(1, 5))
+        left, top = cell % 3 * side, cell // 3 * side
+        box = (left + margin, top + margin, left + side - margin, top + side - margin)
+        drawn.append(thing.draw(image, box, outline=mixed or "photo" in backdrop))
+    draft = Draft("count", [], str(number), "exact", made_from={"objects": drawn, "backdrop": backdrop})
+    noun = kind.shape + ("es" if kind.shape == "cross" else "s")
+    draft.parts = [studio.photograph(draft, image), f"How many {noun}?"]
+    return draft
+
+
+def normalised(box: Box, size: tuple[int, int]) -> list[int]:
+    """A pixel box as integers in [0, 1000) of the picture's width and height."""
+    lengths = (size[0], size[1], size[0], size[1])
+    return [min(COORDINATES - 1, round(edge * COORDINATES / length)) for edge, length in zip(box, lengths, strict=True)]
+
+
+def ground(studio: Studio) -> Draft:
+    """Where an object is, as a box or a point; half of the pictures hold a second object.
+
+    Objects cover 2 x 2 cells of a coarse grid, so that few coordinates occur.
+    """
+    cell = studio.pick((21, 28))
+    columns, rows = (GRID, GRID) if cell == 21 or studio.chance(0.6) else studio.pick(((GRID, 3), (3, GRID)))
+    size = (columns * cell, rows * cell)
+    things = studio.two_things() if studio.chance(0.5) else (studio.thing(),)
+    corners = _free_corners(studio, columns, rows, len(things))
+    image, backdrop = studio.backdrop(size, [thing.rgb for thing in things], photo_share=0.3)
+    drawn = [
+        thing.draw(image, (x * cell, y * cell, (x + 2) * cell, (y + 2) * cell), outline="photo" in backdrop)
+        for thing, (x, y) in zip(things, corners, strict=True)
+    ]
+    x0, y0, x1, y1 = box = normalised(tuple(drawn[0]["box"]), size)
+    target = f"<|object_ref_start|>{things[0].name}<|object_ref_end|>"
+    if studio.chance(0.6):
+        question, metric = f"Locate the {target}.", "box_iou"
+        answer = f"<|box_start|>[[{x0},{y0},{x1},{y1}]]<|box_end|>"
+    else:
+        question, metric = f"Point to the {target}.", "point"
+        answer = f"<|point_start|>[[{round((x0 + x1) / 2)},{round((y0 + y1) / 2)}]]<|point_end|>"
+    draft = Draft("ground", [], answer, metric, made_from={"objects": drawn, "backdrop": backdrop, "size": list(size)})
+    draft.extra["box"] = box
+    draft.parts = [studio.photograph(draft, image), question]
+    return draft
+
+
+def _free_corners(studio: Studio, columns: int, rows: int, number: int) -> list[tuple[int, int]]:
+    """Upper left cells of ``number`` objects (1 or 2) of 2 x 2 cells that do not overlap."""
+    corners = [(x, y) for x in range(columns - 1) for y in range(rows - 1)]
+    if number == 1:
+        return [studio.pick(corners)]
+    pairs = [(a, b) for a in corners for b in corners if abs(a[0] - b[0]) >= 2 or abs(a[1] - b[1]) >= 2]
+    return list(studio.pick(pairs))
+
+
+def compare(studio: Studio) -> Draft:
+    """Two pictures in one conversation: which one shows a thing, what one of them shows, or whether they agree."""
+    kind = studio.rng.choice(["which", "name", "same_colour", "same_digit"], p=[0.35, 0.35, 0.15, 0.15])
+    draft = Draft("compare", [], "", "exact", made_from={"kind": str(kind)})
+    if kind == "same_digit":
+        _compare_digits(studio, draft)
+        return draft
+    first, second = studio.two_things()
+    if kind == "same_colour" and studio.chance(0.5):
+        second = studio.thing(colours=(first.colour,))
+    shots = [one_thing(studio, thing, studio.size(square=0.7, longest_aspect=1.4)) for thing in (first, second)]
+    pictures = [studio.photograph(draft, image) for image, _ in shots]
+    draft.made_from["pictures"] = [record for _, record in shots]
+    position = int(studio.rng.integers(2))
+    if kind == "same_colour":
+        question, draft.answer = "Same colour?", "yes" if first.colour == second.colour else "no"
+    elif kind == "which":
+        question, draft.answer = f"Which has the {(first, second)[position].name}?", ("first", "second")[position]
+    else:
+        question, draft.answer = f"What does the {('first', 'second')[position]} show?", (first, second)[position].name
+    draft.parts = [*pictures, question]
+    return draft
+
+
+def _compare_digits(studio: Studio, draft: Draft) -> None:
+    left = int(studio.rng.integers(10))
+    right = left if studio.chance(0.5) else int((left + studio.rng.integers(1, 10)) % 10)
+    shots = [one_digit(studio, label, studio.thing().colour, (56, 56)) for label in (left, right)]
+    draft.made_from["pictures"] = [record for _, record in shots]
+    draft.parts = [*(studio.photograph(draft, image, grey=True) for image, _ in shots), "Same digit?"]
+    draft.answer = "yes" if left == right else "no"
