@@ -1,0 +1,1 @@
+"""Tools that make, check and describe shards: the command ``keye-data``."""

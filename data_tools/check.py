@@ -1,0 +1,119 @@
+"""``keye-data check``: open every sample and say what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from keye_train.data.formats import parse_sample
+from keye_train.data.index import file_sha256, find_shards, index_path, read_columns
+from keye_train.data.reader import ShardReader, walk_shard
+from keye_train.data.sample import MediaKind, SampleError, SampleRef
+from keye_train.model.chat import media_slots
+from keye_train.model.images import decode_image
+from keye_train.model.video import decode_video
+from keye_train.settings import ResolutionSettings
+
+DESCRIPTION = """\
+Verify shards: the checksum in the index, that every byte range in the index holds the sample it names, and that every
+sample can be read. With --decode its media are decoded as training would do it, which finds media that are broken
+behind a sound header, and takes much longer.
+
+Prints one line for each problem: shard, key, reason. Exit status 1 when there is any.
+"""
+EXAMPLES = """\
+examples:
+  keye-data check 'data/*.tar'
+  keye-data check data/video-00000.tar --decode
+"""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a shard (key "") or one of its samples."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command ``check``."""
+    parser = subparsers.add_parser(
+        "check",
+        help="verify checksums and open every sample",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shards", nargs="+", metavar="SHARD", help="paths or patterns of .tar files")
+    parser.add_argument("--decode", action="store_true", help="decode all images and videos")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check and tell; the exit status."""
+    shards = find_shards(arguments.shards)
+    problems = 0
+    for shard in tqdm(shards, unit="shard", desc="check"):
+        for problem in check_shard(shard, arguments.decode):
+            problems += 1
+            tqdm.write("\t".join((problem.shard, problem.key, problem.reason)))
+    print(f"{len(shards)} shards, {problems} problems")
+    return 1 if problems else 0
+
+
+def check_shard(shard: str, decode: bool = False) -> Iterator[Problem]:
+    """Everything that is wrong with a shard and its index."""
+    keys = _indexed_keys(shard)
+    if isinstance(keys, str):
+        yield Problem(shard, "", keys)
+    reader = ShardReader()
+    found = []
+    for row, raw in enumerate(walk_shard(shard)):
+        found.append(raw.key)
+        try:
+            if raw.error is not None:
+                raise SampleError(raw.error)
+            members = raw.members
+            if isinstance(keys, list) and row < len(keys) and keys[row] == raw.key:
+                _, members = reader.read(shard, row)
+                if members != raw.members:
+                    yield Problem(shard, raw.key, "the offsets in .tar.idx point elsewhere: index the shard again")
+            _open(SampleRef("", shard, raw.key), members, decode)
+        except SampleError as error:
+            yield Problem(shard, raw.key, str(error))
+    reader.close()
+    if isinstance(keys, list) and keys != found:
+        yield Problem(shard, "", "the index lists other samples than the shard holds: index the shard again")
+
+
+def _indexed_keys(shard: str) -> list[str] | str:
+    """Keys of the index, or what is wrong with it as a whole."""
+    if not index_path(shard).exists():
+        return "no index: run keye-data index"
+    try:
+        metadata = pq.read_schema(index_path(shard)).metadata or {}
+        keys: list[str] = read_columns(shard, ["key"])["key"].to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        return f"the index is damaged: {error}"
+    if metadata.get(b"shard_sha256", b"").decode() != file_sha256(shard):
+        return "the checksum differs from the index: the shard was changed or damaged after it was indexed"
+    return keys
+
+
+def _open(ref: SampleRef, members: dict[str, bytes], decode: bool) -> None:
+    sample = parse_sample(ref, members)
+    if not decode:
+        return
+    for slot in media_slots(sample.messages):
+        decoder = decode_image if slot.kind == MediaKind.image else decode_video
+        try:
+            decoder(sample.media[slot.name], ResolutionSettings())
+        except SampleError as error:
+            raise SampleError(f"{slot.name}: {error}") from error

@@ -1,0 +1,133 @@
+"""``keye-data stats``: what is in the shards, from their indexes alone."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from keye_train.data.corpus import Sizes, measure
+from keye_train.data.index import find_shards, index_path, read_columns
+from keye_train.settings import ResolutionSettings
+
+DESCRIPTION = """\
+Count samples, tokens and patches, per task and in all, from the indexes: no shard is opened. Tokens and patches of
+media follow from the resolution settings, by default those of the recipes.
+"""
+EXAMPLES = """\
+examples:
+  keye-data stats 'data/*.tar'
+  keye-data stats 'data/*.tar' --set image_max_tokens=1280 --set video_fps=1
+"""
+BAR_CHARACTERS = 40
+
+
+@dataclass
+class Summary:
+    """What one or more shards hold."""
+
+    sizes: Sizes
+    tasks: list[str]  # of each sample
+    errors: Counter[str]  # reason -> samples
+
+    @property
+    def usable(self) -> int:
+        """Samples that can be trained on."""
+        return len(self.tasks) - self.errors.total()
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command ``stats``."""
+    parser = subparsers.add_parser(
+        "stats",
+        help="count samples, tokens and patches",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shards", nargs="+", metavar="SHARD", help="paths or patterns of .tar files")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of data.resolution (repeatable)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Count and tell; the exit status."""
+    shards = find_shards(arguments.shards)
+    summary = summarise(shards, read_resolution(arguments.set))
+    print(render(summary, len(shards)))
+    return 0
+
+
+def read_resolution(assignments: list[str]) -> ResolutionSettings:
+    """Resolution settings with some values changed.
+
+    Raises:
+        ValueError: not NAME=VALUE, or no such setting.
+    """
+    resolution = ResolutionSettings()
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not hasattr(resolution, name):
+            raise ValueError(f"--set {assignment}: use NAME=VALUE with one of {', '.join(vars(resolution))}")
+        setattr(resolution, name, type(getattr(resolution, name))(value))
+    return resolution
+
+
+def summarise(shards: list[str], resolution: ResolutionSettings) -> Summary:
+    """Read the indexes of shards.
+
+    Raises:
+        ValueError: a shard has no index.
+    """
+    parts, tasks = [], []
+    errors: Counter[str] = Counter()
+    for shard in tqdm(shards, unit="shard", desc="stats", leave=False):
+        if not index_path(shard).exists():
+            raise ValueError(f"the shard {shard} has no index; run: keye-data index {shard} --tokenizer DIR")
+        table = read_columns(shard, ["text_tokens", "media", "task", "error"])
+        sizes, wrong = measure(table, resolution)
+        parts.append(sizes)
+        names = table["task"].to_pylist()
+        tasks += ["(unreadable)" if row in wrong else name for row, name in enumerate(names)]
+        errors.update(wrong.values())
+    return Summary(Sizes.concatenate(parts), tasks, errors)
+
+
+def render(summary: Summary, shards: int) -> str:
+    """The summary as text."""
+    sizes, tasks = summary.sizes, np.array(summary.tasks)
+    lines = [f"{shards} shards, {len(tasks)} samples, {summary.usable} of them usable", ""]
+    lines.append(f"{'task':24} {'samples':>10} {'share':>7} {'tokens':>14} {'mean':>8} {'max':>8} {'patches':>14}")
+    for name in [*sorted(set(summary.tasks)), None]:
+        mine = np.ones(len(tasks), dtype=bool) if name is None else tasks == name
+        own = sizes.tokens[mine]
+        if not len(own):
+            continue
+        lines.append(
+            f"{name or ('all' if name is None else '(no task)'):24} {len(own):10d} {len(own) / len(tasks):7.1%} "
+            f"{own.sum():14d} {own.mean():8.0f} {own.max():8d} {sizes.patches[mine].sum():14d}"
+        )
+    lines += ["", "tokens of a sample", *histogram(sizes.tokens)]
+    if summary.errors:
+        lines += ["", "unreadable", *(f"{count:8d}  {reason}" for reason, count in summary.errors.most_common(20))]
+    return "\n".join(lines)
+
+
+def histogram(tokens: np.ndarray) -> list[str]:
+    """Bars over powers of two."""
+    if not len(tokens):
+        return []
+    # Bucket b holds 2^(b-1) <= tokens < 2^b; bucket 0 holds the samples without tokens.
+    buckets = np.ceil(np.log2(tokens + 1)).astype(int)
+    counts = np.bincount(buckets)
+    first = int(buckets.min())
+    lines = []
+    for bucket in range(first, len(counts)):
+        bar = "#" * round(BAR_CHARACTERS * counts[bucket] / counts.max())
+        lines.append(f"{2**bucket // 2:8d} - {2**bucket - 1:8d} {counts[bucket]:10d} {bar}")
+    return lines

@@ -1,0 +1,75 @@
+"""Encoded samples -> the tensors of one pack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from keye_train.data.sample import SampleRef
+from keye_train.model.packed import IGNORE_INDEX, ContrastiveInputs, PackedInputs, VisionInputs
+from keye_train.model.positions import PATCH_SIZE
+from keye_train.model.processing import EncodedPair, EncodedSample
+from keye_train.settings import ModelSettings
+
+
+@dataclass(frozen=True)
+class LoadedPack:
+    """One pack, ready for the model, with an account of its samples."""
+
+    inputs: PackedInputs | ContrastiveInputs
+    refs: tuple[SampleRef, ...]  # samples in the pack, in order: number i of PackedInputs.loss_samples is refs[i]
+    tasks: tuple[str, ...]  # task of each
+    skipped: tuple[tuple[SampleRef, str], ...]  # samples that were planned and could not be read, with the reason
+    tokens: int  # language tokens (pairs: caption tokens, padding included) that were really read
+    patches: int  # vision patches that were really read
+    fill: float  # planned tokens / stage.max_tokens
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Source of each sample."""
+        return tuple(ref.source for ref in self.refs)
+
+
+def collate_samples(samples: Sequence[EncodedSample], model: ModelSettings) -> PackedInputs:
+    """Lay samples one behind another.
+
+    Without a single sample the pack is one pad token that teaches nothing: every rank must run the same collectives,
+    whatever its data hold.
+    """
+    ids = model.special_tokens
+    vision = _vision(samples)
+    if not samples:
+        return PackedInputs.build(
+            input_ids=torch.tensor([ids.pad]),
+            labels=torch.tensor([IGNORE_INDEX]),
+            position_ids=torch.zeros(3, 1, dtype=torch.int64),
+            sample_lengths=[1],
+            vision=vision,
+            vision_token_ids=(ids.image_pad, ids.video_pad),
+        )
+    return PackedInputs.build(
+        input_ids=torch.cat([sample.input_ids for sample in samples]),
+        labels=torch.cat([sample.labels for sample in samples]),
+        position_ids=torch.cat([sample.position_ids for sample in samples], dim=1),
+        sample_lengths=[len(sample.input_ids) for sample in samples],
+        vision=vision,
+        vision_token_ids=(ids.image_pad, ids.video_pad),
+    )
+
+
+def collate_pairs(pairs: Sequence[EncodedPair], model: ModelSettings) -> ContrastiveInputs:
+    """Images one behind another, captions as rows; no pair at all gives B = 0."""
+    no_text = torch.empty(0, model.text_tower.max_tokens, dtype=torch.int64)
+    text_ids = torch.stack([pair.text_ids for pair in pairs]) if pairs else no_text
+    return ContrastiveInputs(_vision(pairs), text_ids)
+
+
+def _vision(samples: Sequence[EncodedSample | EncodedPair]) -> VisionInputs:
+    no_patches = torch.empty(0, 3, PATCH_SIZE, PATCH_SIZE, dtype=torch.uint8)
+    no_grid = torch.empty(0, 3, dtype=torch.int64)
+    return VisionInputs.build(
+        torch.cat([no_patches, *(sample.pixel_patches for sample in samples)]),
+        torch.cat([no_grid, *(sample.grid_thw for sample in samples)]),
+    )

@@ -1,0 +1,196 @@
+"""All sources of a recipe as columns of numbers: what the plan needs to know about each sample, and nothing else.
+
+Text tokens stand in the index; the tokens and patches of media follow here from their sizes and the resolution
+settings, once at the start. Keys and byte ranges stay on the disk until a sample is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from keye_train.data.index import ShardHeader, find_shards, open_header, read_columns, read_key, tokenizer_fingerprint
+from keye_train.data.sample import MediaInfo, MediaKind, SampleError, SampleRef
+from keye_train.model.positions import grid_tokens, media_grid
+from keye_train.settings import ResolutionSettings, SourceSettings
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What samples, or whole packs, take of both towers, as parallel columns.
+
+    Whole numbers: their sums are exact, so every machine plans the same.
+    """
+
+    tokens: np.ndarray  # [N] int64 language tokens
+    tokens_squared: np.ndarray  # [N] int64: sum over samples of their tokens squared
+    patches: np.ndarray  # [N] int64 vision patches
+    patches_squared: np.ndarray  # [N] int64: sum over images and videos of their patches squared
+
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> Sizes:
+        """Apply a function to every column."""
+        columns = (self.tokens, self.tokens_squared, self.patches, self.patches_squared)
+        return Sizes(*(function(column) for column in columns))
+
+    def take(self, rows: np.ndarray) -> Sizes:
+        """The same columns for some rows."""
+        return self.map(lambda column: column[rows])
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Sizes]) -> Sizes:
+        """Columns one after another."""
+        names = ("tokens", "tokens_squared", "patches", "patches_squared")
+        empty = [np.zeros(0, dtype=np.int64)]
+        return cls(*(np.concatenate(empty + [getattr(part, name) for part in parts]) for name in names))
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source: rows 0 .. N - 1 run through its shards in order."""
+
+    name: str
+    headers: tuple[ShardHeader, ...]
+    first_rows: np.ndarray  # [shards + 1] int64: row of the source at which each shard starts
+    sizes: Sizes
+    errors: dict[int, str]  # row -> why the sample cannot be trained on
+
+    def __len__(self) -> int:
+        return int(self.first_rows[-1])
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """Paths of the shards."""
+        return tuple(header.shard for header in self.headers)
+
+    def locate(self, row: int) -> tuple[str, int]:
+        """Shard of a row of the source, and its row there."""
+        shard = int(np.searchsorted(self.first_rows, row, side="right")) - 1
+        return self.headers[shard].shard, row - int(self.first_rows[shard])
+
+    def ref(self, row: int) -> SampleRef:
+        """Name of a sample; reads its key from the index, so not for every sample."""
+        shard, shard_row = self.locate(row)
+        return SampleRef(self.name, shard, read_key(shard, shard_row))
+
+
+class Corpus:
+    """The sources of a recipe, opened and measured."""
+
+    def __init__(self, sources: Mapping[str, Source], resolution: ResolutionSettings) -> None:
+        self.sources = dict(sorted(sources.items()))
+        self.resolution = resolution
+
+    @classmethod
+    def open(
+        cls,
+        sources: Mapping[str, SourceSettings],
+        tokenizer: str | Path,
+        resolution: ResolutionSettings,
+        pair_tokens: int | None = None,
+    ) -> Corpus:
+        """Open the index of every shard.
+
+        Args:
+            sources: name -> shards.
+            tokenizer: folder of the tokenizer that the indexes must have been made with.
+            resolution: decides what media cost.
+            pair_tokens: for image-caption pairs (Stage 0): caption tokens that every sample takes, whatever its text;
+                samples that are not one image with a text count as unreadable.
+
+        Raises:
+            ValueError: a shard is missing, or its index is missing, stale or foreign.
+        """
+        fingerprint = tokenizer_fingerprint(tokenizer)
+        opened = {}
+        for name, settings in sources.items():
+            headers = [open_header(shard, tokenizer, fingerprint) for shard in find_shards(settings.shards)]
+            opened[name] = _open_source(name, headers, resolution, pair_tokens)
+        return cls(opened, resolution)
+
+    def fingerprint(self) -> str:
+        """sha256 over sources, shard checksums and resolution. The same data elsewhere have the same fingerprint."""
+        digest = hashlib.sha256(repr(sorted(asdict(self.resolution).items())).encode())
+        for name, source in self.sources.items():
+            shards = [(header.rows, header.shard_bytes, header.sha256, header.tokenizer) for header in source.headers]
+            digest.update(repr((name, shards)).encode())
+        return digest.hexdigest()
+
+
+def _open_source(
+    name: str, headers: list[ShardHeader], resolution: ResolutionSettings, pair_tokens: int | None
+) -> Source:
+    first_rows = np.cumsum([0] + [header.rows for header in headers])
+    grids: dict[tuple, tuple[int, int] | str] = {}  # size of media -> (tokens, patches) or what is wrong with it
+    parts = []
+    errors: dict[int, str] = {}
+    for header, first in zip(headers, first_rows[:-1].tolist(), strict=True):
+        table = read_columns(header.shard, ["text_tokens", "media", "error"])
+        sizes, wrong = measure(table, resolution, pair_tokens, grids)
+        parts.append(sizes)
+        errors |= {first + row: reason for row, reason in wrong.items()}
+    return Source(name, tuple(headers), first_rows, Sizes.concatenate(parts), errors)
+
+
+def measure(
+    table: pa.Table,
+    resolution: ResolutionSettings,
+    pair_tokens: int | None = None,
+    known: dict[tuple, tuple[int, int] | str] | None = None,
+) -> tuple[Sizes, dict[int, str]]:
+    """Sizes of the samples of one shard.
+
+    Args:
+        table: columns text_tokens, media and error of an index.
+        resolution: decides what media cost.
+        pair_tokens: see ``Corpus.open``.
+        known: sizes of media met before; filled with the new ones.
+
+    Returns:
+        Columns, and row -> reason for the samples that cannot be trained on.
+    """
+    known = {} if known is None else known
+    media = table["media"].combine_chunks()
+    errors = {row: reason for row, reason in enumerate(table["error"].to_pylist()) if reason is not None}
+    owners = pc.list_parent_indices(media).to_numpy()
+    flat = media.flatten()
+    tokens, patches = np.zeros(len(flat), dtype=np.int64), np.zeros(len(flat), dtype=np.int64)
+    fields = ("kind", "width", "height", "frames", "fps")
+    for place, size in enumerate(zip(*(flat.field(name).to_pylist() for name in fields), strict=True)):
+        if size not in known:
+            known[size] = _cost_of_media(size, resolution)
+        cost = known[size]
+        if isinstance(cost, str):
+            errors.setdefault(int(owners[place]), cost)
+        else:
+            tokens[place], patches[place] = cost
+    rows = len(table)
+    if pair_tokens is None:
+        total = table["text_tokens"].to_numpy().astype(np.int64) + _sum_by(owners, tokens, rows)
+    else:
+        total = np.full(rows, pair_tokens, dtype=np.int64)
+        is_image = pc.equal(flat.field("kind"), MediaKind.image.value).to_numpy(zero_copy_only=False)
+        counts = np.bincount(owners, minlength=rows)
+        images = _sum_by(owners, is_image, rows)
+        for row in np.flatnonzero((counts != 1) | (images != 1)).tolist():
+            errors.setdefault(row, f"not an image-caption pair: {counts[row]} media, {images[row]} of them images")
+    return Sizes(total, total**2, _sum_by(owners, patches, rows), _sum_by(owners, patches**2, rows)), errors
+
+
+def _sum_by(owners: np.ndarray, values: np.ndarray, rows: int) -> np.ndarray:
+    """Sum of the values of each owner, exact below 2^53: [rows] int64."""
+    return np.bincount(owners, values, minlength=rows).astype(np.int64)
+
+
+def _cost_of_media(size: tuple, resolution: ResolutionSettings) -> tuple[int, int] | str:
+    kind, width, height, frames, fps = size
+    try:
+        grid = media_grid(MediaInfo(MediaKind(kind), width, height, frames, fps), resolution)
+    except SampleError as error:
+        return str(error)
+    return grid_tokens(grid), grid[0] * grid[1] * grid[2]

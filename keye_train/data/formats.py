@@ -1,0 +1,139 @@
+"""From the members of one tar sample to a conversation: the layouts that shards may have.
+
+================================================  =========================================================
+members of a sample                               becomes
+================================================  =========================================================
+``.json`` with ``messages`` (+ media)             that conversation; its media are named in it
+``.jpg`` / ``.png`` / ... + ``.txt``              user: the image, assistant: the text (LAION, img2dataset)
+``.jpg`` / ``.png`` / ... + ``.json`` ``caption`` the same
+``.txt``, or ``.json`` with ``text``              pure text, all of it spoken by the assistant
+================================================  =========================================================
+
+Shards come from strangers. Nothing is executed or unpickled, and nothing is looked up outside the sample.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from keye_train.data.sample import MediaKind, Sample, SampleError, SampleRef
+from keye_train.model.chat import MediaSlot, parse_turns
+
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
+VIDEO_SUFFIXES = frozenset({"mp4", "mov", "webm", "mkv", "avi"})
+REFUSED_SUFFIXES = frozenset({"pyd", "pkl", "pickle", "pth", "pt"})
+"""Members that only unpickling could read, which runs whatever code they carry."""
+
+
+def split_member_name(name: str) -> tuple[str, str]:
+    """Split a member's name into the sample's key and the rest, at the first dot after the last slash.
+
+    ``photos/000017.0.jpg`` -> (``photos/000017``, ``0.jpg``), the convention of WebDataset.
+
+    Raises:
+        SampleError: the name leaves the archive or has no key or no ending.
+    """
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:  # bytes that are not UTF-8 arrive from tarfile as lone surrogates
+        raise SampleError(f"member name {name!r} is not UTF-8") from error
+    if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+        raise SampleError(f"member name {name!r} leaves the archive")
+    folder, slash, base = name.rpartition("/")
+    stem, dot, rest = base.partition(".")
+    if not stem or not dot or not rest:
+        raise SampleError(f"member name {name!r} is not KEY.ENDING")
+    return folder + slash + stem, rest
+
+
+def media_kind(member: str) -> MediaKind | None:
+    """Kind of media that a member's ending announces; None for anything else."""
+    suffix = member.rpartition(".")[2].lower()
+    if suffix in IMAGE_SUFFIXES:
+        return MediaKind.image
+    return MediaKind.video if suffix in VIDEO_SUFFIXES else None
+
+
+def parse_sample(ref: SampleRef, members: Mapping[str, bytes]) -> Sample:
+    """Read a sample in any of the accepted layouts.
+
+    Args:
+        ref: where the sample stands.
+        members: name without the key (``json``, ``0.jpg``) -> bytes.
+
+    Raises:
+        SampleError: the members are none of the layouts, or contradict themselves.
+    """
+    for name in members:
+        if name.rpartition(".")[2].lower() in REFUSED_SUFFIXES:
+            raise SampleError(f"member .{name} would have to be unpickled, which is refused")
+    described = _parse_json(members["json"]) if "json" in members else {}
+    media = {name: data for name, data in members.items() if media_kind(name)}
+    if "messages" in described:
+        messages = described.pop("messages")
+        default_task = "chat"
+    else:
+        messages, default_task = _plain_messages(described, members, list(media))
+    names = _check_messages(messages, media)
+    task = described.pop("task", default_task)
+    if not isinstance(task, str):
+        raise SampleError(f"'task' is {type(task).__name__}, expected a string")
+    return Sample(ref, messages, {name: media[name] for name in names}, task, described)
+
+
+def _parse_json(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise SampleError(f"member .json is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise SampleError(f"member .json holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def _plain_messages(
+    described: dict[str, Any], members: Mapping[str, bytes], media: list[str]
+) -> tuple[list[dict[str, Any]], str]:
+    """Conversation and task of a caption pair or a pure text."""
+    if "txt" in members:
+        try:
+            text: Any = members["txt"].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise SampleError(f"member .txt is not UTF-8: {error}") from error
+    else:
+        text = described.pop("caption", None) if media else described.pop("text", None)
+    if not isinstance(text, str):
+        raise SampleError(
+            f"members {sorted(members)} are no known layout: give .json with 'messages', an image with .txt or "
+            ".json 'caption', or .txt alone"
+        )
+    if not text.strip():
+        raise SampleError("the text is empty")
+    answer = {"role": "assistant", "content": text.strip() if media else text}
+    if not media:
+        return [answer], "text"
+    if len(media) > 1:
+        raise SampleError(f"{sorted(media)} with one caption: give .json with 'messages' for several media")
+    kind = media_kind(media[0])
+    assert kind is not None
+    return [{"role": "user", "content": [{"type": kind.value, kind.value: media[0]}]}, answer], "caption"
+
+
+def _check_messages(messages: Any, media: Mapping[str, bytes]) -> list[str]:
+    """Names of the media that a conversation mentions, in order.
+
+    Raises:
+        SampleError: it is not in the chat format, names media that are not there, or has nothing to learn.
+    """
+    if not isinstance(messages, list):
+        raise SampleError(f"'messages' is {type(messages).__name__}, expected a list")
+    turns = parse_turns(messages)
+    if not any(turn.role == "assistant" for turn in turns):
+        raise SampleError("no assistant turn: nothing to learn from")
+    slots = [part for turn in turns for part in turn.content if isinstance(part, MediaSlot)]
+    for slot in slots:
+        if slot.name not in media or media_kind(slot.name) != slot.kind:
+            raise SampleError(f"messages name the {slot.kind.value} {slot.name!r}; the sample's media: {sorted(media)}")
+    return [slot.name for slot in slots]

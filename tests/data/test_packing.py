@@ -1,0 +1,70 @@
+"""Promise: every sample is in exactly one pack, no pack is over either budget, and packs are full."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keye_train.data.packing import Budget, pack_samples
+
+SAMPLES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 300)), max_size=200)
+
+
+@given(SAMPLES, st.integers(100, 150), st.integers(300, 500))
+@settings(max_examples=100, deadline=None)
+def test_nothing_lost_nothing_twice_budgets_kept(samples: list[tuple[int, int]], tokens: int, patches: int) -> None:
+    own_tokens = np.array([sample[0] for sample in samples], dtype=np.int64)
+    own_patches = np.array([sample[1] for sample in samples], dtype=np.int64)
+    packing = pack_samples(own_tokens, own_patches, Budget(tokens, patches))
+    assert sorted(packing.order.tolist()) == list(range(len(samples)))
+    members = [packing.members(pack) for pack in range(len(packing))]
+    assert all(len(pack) for pack in members)
+    assert [int(own_tokens[pack].sum()) for pack in members] == packing.sums(own_tokens).tolist()
+    assert all(total <= tokens for total in packing.sums(own_tokens))
+    assert all(total <= patches for total in packing.sums(own_patches))
+
+
+def web_like_window(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and patches of captions, OCR, VQA, texts and videos; a mean of about 1,400 tokens, a long tail."""
+    rng = np.random.default_rng(seed)
+    kind = rng.choice(5, count, p=[0.45, 0.2, 0.15, 0.12, 0.08])
+    text = np.exp(rng.normal(np.array([4.5, 5.5, 5.0, 6.3, 5.0])[kind], 0.7)).astype(np.int64) + 20
+    vision = np.exp(rng.normal(np.array([6.2, 6.9, 6.3, 0.0, 8.4])[kind], 0.8)).astype(np.int64)
+    vision = np.where(kind == 3, 0, np.minimum(vision, 11000))
+    return np.minimum(text, 3000) + vision, vision * 4
+
+
+@pytest.mark.parametrize(
+    ("budget", "least"),
+    [
+        (Budget(16384, 65536), 0.999),  # tokens are scarce
+        (Budget(16384, 49152), 0.97),  # both are, so the bound itself cannot be reached
+        (Budget(32768, 80000), 0.98),  # patches are
+    ],
+)
+def test_packs_are_full_in_the_scarcer_budget(budget: Budget, least: float) -> None:
+    tokens, patches = web_like_window(8192)
+    fits = budget.fits(tokens, patches)
+    tokens, patches = tokens[fits], patches[fits]
+    packing = pack_samples(tokens, patches, budget)
+    needed = max(tokens.sum() / budget.max_tokens, patches.sum() / budget.max_patches)
+    assert needed / len(packing) >= least
+
+
+def test_a_window_is_packed_in_a_moment() -> None:
+    tokens, patches = web_like_window(65536)
+    budget = Budget(16384, 65536)
+    start = time.process_time()
+    pack_samples(tokens, patches, budget)
+    assert time.process_time() - start < 3  # 0.25 s on an idle core
+
+
+def test_no_samples_make_no_packs() -> None:
+    none = np.zeros(0, dtype=np.int64)
+    packing = pack_samples(none, none, Budget(10, 10))
+    assert len(packing) == 0
+    assert packing.sums(none).tolist() == []
