@@ -161,7 +161,7 @@ def text_token_count(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mess
 
 def _parse_content(content: Any) -> list[str | MediaSlot]:
     if isinstance(content, str):
-        return [content]
+        return [_checked(content)]
     if not isinstance(content, list):
         raise SampleError(f"message content of type {type(content).__name__}; use a string or a list")
     parts: list[str | MediaSlot] = []
@@ -180,10 +180,16 @@ def _parse_item(item: Any) -> str | MediaSlot:
     if not isinstance(value, str):
         raise SampleError(f'content item {str(item)[:80]!r}; use e.g. {{"type": "text", "text": ...}}')
     if kind == "text":
-        return value
+        return _checked(value)
     if kind in ("image", "video"):
         return MediaSlot(MediaKind(kind), value)
     raise SampleError(f"content item of type {kind!r}; types are text, image, video")
+
+
+def _checked(text: str) -> str:
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise SampleError("text with half a surrogate pair, which no tokenizer can read")
+    return text
 
 
 def _turn_ids(encoder: _Encoder, turn: Turn, counts: Iterator[int]) -> Iterator[tuple[list[int], bool]]:

@@ -12,7 +12,7 @@ import zlib
 
 import numpy as np
 from einops import rearrange
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from keye_train.data.sample import MediaInfo, MediaKind, SampleError
 from keye_train.model.positions import PATCH_SIZE, Grid, image_grid
@@ -104,6 +104,8 @@ def _open(data: bytes) -> tuple[Image.Image, int]:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         orientation = _orientation(image)
+    except UnidentifiedImageError as error:
+        raise SampleError(f"broken image: none of {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, *_BROKEN) as error:
         raise SampleError(f"broken image: {error}") from error
     width, height = image.size

@@ -107,11 +107,14 @@ class _Stream:
 def _opened(data: bytes) -> Iterator[_Stream]:
     """Demux a video and decode its first frame; FFmpeg's errors within the block become SampleError."""
     try:
-        with av.open(io.BytesIO(data), mode="r", options={"format_whitelist": DEMUXERS}) as container:
+        options = {"format_whitelist": DEMUXERS}
+        with av.open(io.BytesIO(data), mode="r", options=options, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise SampleError("media without a video stream")
             video = container.streams.video[0]
             context = video.codec_context
+            if context is None:
+                raise SampleError("video of an unknown codec")
             context.thread_count = 1
             packets = [packet for packet in container.demux(video) if packet.size]
             fps = _frame_rate(video, packets)

@@ -159,6 +159,8 @@ def test_the_count_of_text_tokens_plus_pads_is_the_length() -> None:
         [{"role": "tool", "content": "x"}],
         [{"role": "user"}],
         [{"role": "user", "content": 3}],
+        [{"role": "user", "content": "half a pair: \ud800"}],
+        [{"role": "user", "content": [{"type": "text", "text": "\udfff"}]}],
         [{"role": "user", "content": [{"type": "audio", "audio": "0.wav"}]}],
         [{"role": "user", "content": [{"type": "image"}]}],
         [{"role": "user", "content": [{"type": "text", "text": None}]}],

@@ -1,5 +1,6 @@
 """Promises: pixels equal the published ones; every picture mode is handled; broken data is a SampleError."""
 
+import contextlib
 import hashlib
 import json
 import struct
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from toy_inputs import image_bytes, synthetic_image
+from toy_inputs import damaged, image_bytes, synthetic_image
 
 from keye_train.data.sample import MediaInfo, MediaKind, SampleError
 from keye_train.model.images import decode_image, probe_image, to_patches
@@ -148,3 +149,12 @@ def test_floating_point_pictures_are_refused() -> None:
 def test_formats_that_start_other_programs_are_not_opened() -> None:
     with pytest.raises(SampleError, match="broken image"):
         probe_image(image_bytes(Image.new("RGB", (28, 28)), "EPS"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM"])
+def test_damage_of_any_kind_raises_nothing_but_sample_errors(kind: str) -> None:
+    data = image_bytes(synthetic_image(30, 40), kind)
+    for seed in range(60):
+        with contextlib.suppress(SampleError):
+            decode_image(damaged(data, seed), SMALL)

@@ -1,5 +1,6 @@
 """Promises: what the header and packets foretell is what is decoded; the right frames; broken data is a SampleError."""
 
+import contextlib
 import io
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_inputs import flat_frames, synthetic_image, video_bytes
+from toy_inputs import damaged, flat_frames, synthetic_image, video_bytes
 
 from keye_train.data.sample import MediaInfo, MediaKind, SampleError
 from keye_train.model.images import resize_to_grid, to_patches
@@ -134,3 +135,11 @@ def test_a_playlist_cannot_make_the_decoder_open_other_files(tmp_path: Path) -> 
     for text in (f"ffconcat version 1.0\nfile {target}\n", f"#EXTM3U\n#EXTINF:1,\n{target}\n#EXT-X-ENDLIST\n"):
         with pytest.raises(SampleError, match="broken video"):
             probe_video(text.encode())
+
+
+@pytest.mark.parametrize(("container", "codec"), [("mp4", "libx264"), ("webm", "libvpx"), ("avi", "mpeg4")])
+def test_damage_of_any_kind_raises_nothing_but_sample_errors(container: str, codec: str) -> None:
+    data = video_bytes([synthetic_image(48, 64, i) for i in range(8)], container=container, codec=codec)
+    for seed in range(40):
+        with contextlib.suppress(SampleError):
+            decode_video(damaged(data, seed), resolution())

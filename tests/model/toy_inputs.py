@@ -73,6 +73,15 @@ def video_bytes(
     return buffer.getvalue()
 
 
+def damaged(data: bytes, seed: int) -> bytes:
+    """Overwrite a few bytes, most of them in the header, and sometimes cut the end off."""
+    rng = np.random.default_rng(seed)
+    changed = bytearray(data)
+    for _ in range(rng.integers(1, 12)):
+        changed[rng.integers(min(len(changed), rng.choice([64, 400, len(changed)])))] = rng.integers(256)
+    return bytes(changed[: rng.integers(1, len(changed))] if rng.random() < 0.2 else changed)
+
+
 @cache
 def toy_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
