@@ -49,8 +49,8 @@ Average checkpoints, one tensor at a time, in fp32 or better.
 EVAL_HELP = """\
 Answer held-out samples and score them per task.
 
-  keye-eval data=demo 'models={merge: runs/demo/merge}' out=runs/demo/evaluation
-  keye-eval data=demo 'models={a: runs/a, b: runs/b}' out=runs/compare samples_per_task=50
+  keye-eval data=demo models=[runs/demo/merge] out=runs/demo/evaluation
+  keye-eval data=demo models=[runs/a,runs/b] out=runs/compare samples_per_task=50
 """
 REPORT_HELP = """\
 Write one self-contained HTML page about a pipeline's folder or a single run.

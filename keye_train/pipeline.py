@@ -165,7 +165,7 @@ def _evaluate(settings: PipelineSettings) -> Path:
     names = [run.name for run in settings.runs()] + [MERGE] * bool(settings.merge)
     return evaluate(
         EvaluationSettings(
-            models={name: str(out / name) for name in names},
+            models=[str(out / name) for name in names],
             data=stage_settings(settings, settings.runs()[-1]).data,
             out=str(out / EVALUATION),
             **settings.evaluation,

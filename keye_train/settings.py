@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import PurePath
 from typing import Any
 
 MODULES = ("vision", "projector", "language", "text_tower")
@@ -164,6 +165,8 @@ class DataSettings:
     """Sources, how they are mixed, and how they are read."""
 
     name: str
+    root: str
+    """Folder of the data; the paths below are written as ``${data.root}/...``, so one override moves them all."""
     sources: dict[str, SourceSettings]
     mixtures: dict[str, dict[str, float]]
     """Name of a mixture -> source -> weight. Weights are shares of the samples drawn; they need not sum to 1."""
@@ -370,8 +373,8 @@ class MergeSettings:
 class EvaluationSettings:
     """One run of ``keye-eval``."""
 
-    models: dict[str, str]
-    """Name in the table -> run folder or export."""
+    models: list[str]
+    """Run folders or exports; each is named after its folder."""
     data: DataSettings
     out: str
     samples_per_task: int = 100
@@ -379,11 +382,27 @@ class EvaluationSettings:
     max_new_tokens: int = 48
     seed: int = 0
 
+    def named_models(self) -> dict[str, str]:
+        """Name in the tables -> run folder or export.
+
+        Raises:
+            SettingsError: two models would share a name.
+        """
+        named: dict[str, str] = {}
+        for model in self.models:
+            folder = PurePath(model)
+            name = folder.parent.name if folder.name == "export" else folder.name
+            if name in named:
+                raise SettingsError(f"models: {named[name]} and {model} share the name '{name}'; rename a folder")
+            named[name] = model
+        return named
+
     def check(self) -> None:
         """Raise SettingsError for values that cannot work together."""
         _check_data(self.data)
         if not self.models:
-            raise SettingsError("models is empty: name at least one, e.g. 'models={final: runs/demo/merge}'")
+            raise SettingsError("models is empty: name at least one, e.g. models=[runs/demo/merge]")
+        self.named_models()
         for name in ("samples_per_task", "batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1")

@@ -1,0 +1,67 @@
+"""Every command that README.md and docs/ show exists and is understood by the program it names."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from keye_train import compose
+from keye_train.settings import EvaluationSettings, MergeSettings, PipelineSettings, TrainSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = {
+    "keye-train": (TrainSettings, "train"),
+    "keye-merge": (MergeSettings, "merge"),
+    "keye-eval": (EvaluationSettings, "eval"),
+    "keye-pipeline": (PipelineSettings, "pipeline"),
+}
+
+
+def _commands() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE):
+            found += [(page.name, line.strip()) for line in block.splitlines() if line.strip()]
+    return found
+
+
+def _words(line: str) -> list[str]:
+    """The words of a command, from the program on, whatever launches it."""
+    words = shlex.split(line, comments=True)
+    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words = words[1:]
+    if words and words[0] in ("torchrun", "deepspeed"):
+        return ["keye-train", *words[words.index("keye_train") + 1 :]]
+    if words and words[0].startswith("launch/"):
+        assert (ROOT / words[0]).exists(), words[0]
+        return ["keye-train", *words[1:]]
+    return words
+
+
+@pytest.mark.parametrize(("page", "line"), _commands())
+def test_a_shown_command_is_understood(page: str, line: str) -> None:
+    words = _words(line)
+    program = words[0]
+    if program in ("git", "cd", "pip", "wandb", "tensorboard"):
+        return
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        for target in words[1:]:
+            assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"{page}: make {target}"
+    elif program in PROGRAMS:
+        if "--help" in words:
+            return
+        schema, primary = PROGRAMS[program]
+        compose.load_settings(schema, primary, [word for word in words[1:] if not word.startswith("--")])
+    elif program == "keye-data":
+        from data_tools.cli import build_parser
+
+        build_parser().parse_args(words[1:])
+    elif program == "keye-report":
+        assert words[1:], line
+    else:
+        pytest.fail(f"{page} shows '{line}', whose program this test does not know")
