@@ -1,0 +1,128 @@
+"""The processes of a run: who I am, on which device, and small agreements between all of them.
+
+Started by torchrun or the deepspeed launcher, the environment says who is who; started plainly, the run is a group of
+one, so that no other code has a special case for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+# The first init of deepspeed.comm would compile a shared-memory extension (about a minute) that serves inference only.
+# DeepSpeed documents this table of compatible ops as editable.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    host_group: dist.ProcessGroup
+    """Gloo group over all ranks: agreements on numbers that live on the CPU never wait for the device."""
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, the only rank that writes logs and manifests."""
+        return self.rank == 0
+
+    def sum_int(self, values: Sequence[int]) -> list[int]:
+        """Element-wise sums over all ranks. Collective: every rank must reach this, with as many values."""
+        tensor = torch.tensor(list(values), dtype=torch.int64)
+        dist.all_reduce(tensor, group=self.host_group)
+        return tensor.tolist()
+
+    def max_int(self, value: int) -> int:
+        """Largest value over all ranks. Collective: every rank must reach this."""
+        tensor = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group)
+        return int(tensor)
+
+    def from_main(self, value: int) -> int:
+        """Rank 0's value. Collective: every rank must reach this."""
+        tensor = torch.tensor([value], dtype=torch.int64)
+        dist.broadcast(tensor, src=0, group=self.host_group)
+        return int(tensor)
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Collective: every rank must reach this."""
+        self.sum_int([0])
+
+    def require_all(self, error: Exception | None, doing: str) -> None:
+        """Fail on every rank when one failed, so that no rank is left waiting in the next collective.
+
+        Collective: every rank must reach this.
+
+        Raises:
+            Exception: this rank's own ``error``; on the other ranks a RuntimeError that says how many failed.
+        """
+        failed = self.sum_int([error is not None])[0]
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError(f"{doing} failed on {failed} other rank(s); their logs say why")
+
+
+def start(timeout_minutes: float) -> World:
+    """Join the process group: nccl and the GPU of ``LOCAL_RANK`` where there is one, else gloo on the CPU.
+
+    Args:
+        timeout_minutes: deadline of every collective.
+    """
+    if not dist.is_initialized():
+        _init_process_group(timedelta(minutes=timeout_minutes))
+    deepspeed.init_distributed(dist_backend=_backend(), auto_mpi_discovery=False, verbose=False)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    host_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+    world = World(dist.get_rank(), dist.get_world_size(), local_rank, device, host_group)
+    _limit_threads(world)
+    return world
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _backend() -> str:
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _init_process_group(timeout: timedelta) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        dist.init_process_group(_backend(), timeout=timeout)
+        return
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it from the environment
+    # A group of one needs no address: an in-memory store cannot collide with another run on this machine.
+    dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _limit_threads(world: World) -> None:
+    """Share the cores among the ranks of this machine unless OMP_NUM_THREADS decides.
+
+    Torch's threads spin while they wait: with more of them than cores a step takes twice as long.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    if world.is_main:
+        logger.info("%d CPU threads for each rank; set OMP_NUM_THREADS to choose", torch.get_num_threads())

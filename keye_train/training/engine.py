@@ -1,0 +1,249 @@
+"""DeepSpeed behind four verbs: accumulate a micro-batch, apply the update, read a parameter, restore one.
+
+Nothing else in the package knows which ZeRO stage is running. Three things differ from DeepSpeed's defaults:
+
+- The caller says which micro-batch is the last (``set_gradient_accumulation_boundary``) and gives each loss its final
+  weight, because a mean of means is wrong when micro-batches hold different numbers of labelled tokens.
+- At stage 0 DeepSpeed neither reports a gradient norm nor refuses a non-finite one; it is done here.
+- Parameters and optimizer states are read and restored by name, through DeepSpeed's tensor-fragment interface, so that
+  a checkpoint does not depend on world size or ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from keye_train.settings import Precision, StageSettings, TrainSettings
+from keye_train.training.distributed import World
+from keye_train.training.optimizer import build_optimizer, set_learning_rates
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state besides its step count
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an update."""
+
+    applied: bool
+    grad_norm: float  # global norm before clipping; inf or nan where the update was refused
+
+
+def deepspeed_config(settings: TrainSettings) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run."""
+    ds = settings.deepspeed
+    zero: dict[str, Any] = {
+        "stage": ds.zero_stage,
+        "overlap_comm": ds.overlap_comm,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": ds.bucket_elements,
+    }
+    if ds.zero_stage in (1, 2):
+        zero["allgather_bucket_size"] = ds.bucket_elements
+    if ds.zero_stage == 3:
+        zero["stage3_prefetch_bucket_size"] = ds.bucket_elements
+        zero["stage3_param_persistence_threshold"] = ds.param_persistence_threshold
+    if ds.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if ds.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    config: dict[str, Any] = {
+        # Bookkeeping only: packs are of one row, and accumulation is steered by set_gradient_accumulation_boundary.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings.stage.optimizer.clip_norm if ds.zero_stage else 0.0,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is as fast on the host, and needs no compiler
+        "zero_optimization": zero,
+    }
+    if ds.precision == Precision.bf16:
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}  # bf16 sums of many micro-batches lose the small gradients
+    return config
+
+
+class Engine:
+    """A model in training.
+
+    The model is built whole on the CPU of every rank and partitioned by ``deepspeed.initialize``, which also
+    broadcasts rank 0's values. ``zero.Init`` would save host memory, but it loses every initialisation that a module
+    does after its submodules are made. Peak host memory is therefore one model in fp32 for each rank.
+
+    Args:
+        module: what a forward runs; frozen parameters have ``requires_grad=False``.
+        model: the part of ``module`` that owns all its parameters; checkpoints use its names.
+        groups: parameter groups of the trainable parameters (:func:`keye_train.training.optimizer.parameter_groups`).
+    """
+
+    def __init__(
+        self, module: nn.Module, model: nn.Module, groups: list[dict[str, Any]], settings: TrainSettings, world: World
+    ) -> None:
+        self.world = world
+        self.updates = 0
+        """Updates applied so far; AdamW's own step count, which every parameter shares."""
+        self._settings = settings
+        self._zero_stage = settings.deepspeed.zero_stage
+        self._clip_norm = settings.stage.optimizer.clip_norm
+        grouped = {id(parameter) for group in groups for parameter in group["params"]}
+        named = dict(model.named_parameters())
+        self.trainable = {name: parameter for name, parameter in named.items() if id(parameter) in grouped}
+        self.frozen = {name: parameter for name, parameter in named.items() if id(parameter) not in grouped}
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+        optimizer = build_optimizer(groups, settings.stage.optimizer)
+        self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=deepspeed_config(settings)
+        )
+        self._adam = self._optimizer if self._zero_stage == 0 else self._optimizer.optimizer
+        self._create_moments()
+        self._deepspeed.train()
+
+    def forward(self, *inputs: Any) -> Any:
+        """Run the module. Collective under ZeRO-3."""
+        return self._deepspeed(*inputs)
+
+    def accumulate(self, loss: Tensor, last: bool) -> None:
+        """Backward of one micro-batch.
+
+        Args:
+            loss: scalar; the micro-batches' losses of all ranks are *averaged over ranks* and summed over micro-steps.
+            last: whether this is the last micro-batch before :meth:`apply`. Collective: the same on every rank.
+        """
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        self._deepspeed.backward(loss)
+
+    def apply(self) -> Outcome:
+        """Clip and apply the accumulated gradient, or drop it where its norm is not finite. Collective."""
+        if self._zero_stage == 0:
+            outcome = self._apply_unsharded()
+        else:
+            self._deepspeed.step()
+            outcome = Outcome(self._deepspeed.was_step_applied(), float(self._deepspeed.get_global_grad_norm()))
+        self.updates += outcome.applied
+        return outcome
+
+    def _apply_unsharded(self) -> Outcome:
+        gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        grad_norm = float(norm)
+        if not math.isfinite(grad_norm):
+            self._deepspeed.zero_grad()
+            return Outcome(False, grad_norm)
+        if self._clip_norm > 0:
+            nn.utils.clip_grads_with_norm_(list(self.trainable.values()), self._clip_norm, norm)
+        self._deepspeed.step()
+        return Outcome(True, grad_norm)
+
+    def set_learning_rates(self, step: int, stage: StageSettings) -> dict[str, float]:
+        """Set the learning rates of ``step``; return them by module."""
+        return set_learning_rates(self._optimizer, step, stage)
+
+    # Reading and restoring by name. Every method below is collective: all ranks call it in the same order.
+
+    def full_parameter(self, name: str) -> Tensor:
+        """The whole parameter, fp32 master where it trains, on every rank. Valid until the next call."""
+        parameter = self.trainable.get(name)
+        if parameter is None:
+            parameter = self.frozen[name]
+            if self._zero_stage != 3:
+                return parameter.detach()
+            with deepspeed.zero.GatheredParameters([parameter]):
+                return parameter.detach().clone()
+        if self._zero_stage == 0:
+            return parameter.detach()
+        value = safe_get_full_fp32_param(parameter)
+        assert value is not None, f"{name} is trainable but DeepSpeed holds no master weights for it"
+        return value.view(self.shapes[name])
+
+    def training_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Stream what a checkpoint holds: ``<parameter>`` and ``<parameter>#<moment>`` of all trainable parameters."""
+        for name, parameter in self.trainable.items():
+            yield name, self.full_parameter(name)
+            for moment in MOMENTS:
+                yield f"{name}#{moment}", self._full_moment(name, parameter, moment)
+
+    def restore(self, read: Callable[[str], Tensor], updates: int) -> None:
+        """Put back what :meth:`training_state` streamed; the ZeRO stage and world size may differ from then.
+
+        The 16-bit copies of the weights are not touched: build the module with the checkpoint's weights first, so that
+        DeepSpeed rounds them itself.
+
+        Args:
+            read: whole tensor of a name.
+            updates: value of :attr:`updates` at that time.
+        """
+        self.updates = updates
+        for flat in self._optimized_tensors():
+            self._adam.state[flat]["step"].fill_(float(updates))
+        for name, parameter in self.trainable.items():
+            self._set_full(parameter, read(name), None)
+            for moment in MOMENTS:
+                self._set_full(parameter, read(f"{name}#{moment}"), moment)
+
+    def _set_full(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
+        """Write a whole fp32 master parameter (``moment`` None) or moment; each rank keeps its part."""
+        if self._zero_stage == 3:
+            # The "full" setters of DeepSpeed 0.19 fail where a parameter does not divide evenly over the ranks: its
+            # partitions are padded. The "local" ones take this rank's padded partition.
+            part_size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            flat = nn.functional.pad(value.flatten(), (0, part_size * self.world.size - value.numel()))
+            part = flat.narrow(0, part_size * self.world.rank, part_size).to(self.world.device)
+            if moment is None:
+                safe_set_local_fp32_param(parameter, part)
+            else:
+                safe_set_local_optimizer_state(parameter, part, moment)
+        elif self._zero_stage in (1, 2):
+            if moment is None:
+                safe_set_full_fp32_param(parameter, value.to(self.world.device))
+            else:
+                safe_set_full_optimizer_state(parameter, value.to(self.world.device), moment)
+        elif moment is None:
+            parameter.detach().copy_(value)
+        else:
+            self._adam.state[parameter][moment].copy_(value)
+
+    def _full_moment(self, name: str, parameter: nn.Parameter, moment: str) -> Tensor:
+        if self._zero_stage == 0:
+            return self._adam.state[parameter][moment]
+        value = safe_get_full_optimizer_state(parameter, moment)
+        assert value is not None, f"{name} is trainable but DeepSpeed holds no {moment} for it"
+        return value.view(self.shapes[name])
+
+    def _create_moments(self) -> None:
+        """Make AdamW's states now, with the values torch would give them at the first step.
+
+        A checkpoint can then be restored into them before any step. Besides, DeepSpeed 0.19 links parameters to their
+        part of the flat states once, after the first parameter *group* has stepped, when those of the other groups
+        would not exist yet. Each flat tensor gets its own step count: torch raises it in place.
+        """
+        for flat in self._optimized_tensors():
+            step = torch.zeros((), dtype=torch.float32, device=flat.device)
+            self._adam.state[flat] = {"step": step} | {moment: torch.zeros_like(flat) for moment in MOMENTS}
+        if self._zero_stage in (1, 2):
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _optimized_tensors(self) -> list[Tensor]:
+        """What AdamW sees: parameters, or this rank's flat fp32 partitions of them."""
+        if self._zero_stage == 0:
+            return list(self.trainable.values())
+        if self._zero_stage == 3:  # param_groups are empty between steps there
+            return list(self._optimizer.fp32_partitioned_groups_flat)
+        return [flat for group in self._optimizer.param_groups for flat in group["params"]]
+
+    def close(self) -> None:
+        """Remove DeepSpeed's hooks and buffers."""
+        self._deepspeed.destroy()

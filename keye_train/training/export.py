@@ -1,0 +1,84 @@
+"""From the engine to a folder with the official layout, one parameter at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from keye_train import runs
+from keye_train.model.configuration import KeyeConfig
+from keye_train.model.pretrained import save_export
+from keye_train.settings import Precision, TrainSettings
+from keye_train.training.checkpoint import TensorReader
+from keye_train.training.distributed import World
+from keye_train.training.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+# Copied from the tokenizer's folder where they are there, so that the export can be used on its own.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "preprocessor_config.json",
+)
+
+
+def write_export(engine: Engine, config: KeyeConfig, settings: TrainSettings, run_dir: Path, world: World) -> Path:
+    """Write ``RUN/export``. Collective: every rank must reach this; rank 0 writes.
+
+    Trained parameters are the fp32 masters, in the data type of the export. Frozen ones are the parent's, bit for bit;
+    should one have changed, the run is wrong and nothing is written.
+
+    Returns:
+        The export's folder.
+
+    Raises:
+        RuntimeError: a frozen parameter changed.
+    """
+    folder = run_dir / runs.EXPORT
+    parent = None if settings.parent is None else TensorReader(runs.export_dir(settings.parent))
+    dtype = _dtype(settings, parent)
+    tensors = _tensors(engine, parent, dtype)
+    if world.is_main:
+        tokenizer = Path(settings.model.tokenizer)
+        extra = {name: tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).exists()}
+        save_export(tensors, config, folder, extra_files=extra)
+        logger.info("model exported to %s", folder)
+    else:
+        for _ in tensors:
+            pass  # Collective: the gathers behind each tensor need every rank
+    world.barrier()
+    return folder
+
+
+def _tensors(engine: Engine, parent: TensorReader | None, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    for name in engine.shapes:
+        value = engine.full_parameter(name)
+        if name in engine.frozen and parent is not None and name in parent.names():
+            start = parent(name)
+            if not torch.equal(start.to(value), value):
+                raise RuntimeError(
+                    f"{name} is frozen, but differs from the parent's: the trainer is at fault, not exported"
+                )
+            value = start
+        yield name, value.to(dtype)
+
+
+def _dtype(settings: TrainSettings, parent: TensorReader | None) -> torch.dtype:
+    """bf16, as published, for a run whose weights and parent are bf16; else fp32, which loses nothing."""
+    if settings.deepspeed.precision != Precision.bf16:
+        return torch.float32
+    if parent is None:
+        return torch.bfloat16
+    return torch.bfloat16 if parent(min(parent.names())).dtype == torch.bfloat16 else torch.float32

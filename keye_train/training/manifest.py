@@ -1,0 +1,185 @@
+"""The identity of a run folder: which recipe, from which parent, on which data, and whether it has finished.
+
+Light on imports: the pipeline asks here whether a stage has finished without loading an engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from keye_train import compose, runs
+from keye_train.settings import SettingsError, TrainSettings
+
+RUNNING, FINISHED = "running", "finished"
+
+# Prefixes of the keys that a resumed run may change: none of them alters which samples are trained on, and the loss
+# only by rounding.
+FREE_TO_CHANGE = (
+    "run_dir",
+    "logging.",
+    "checkpoint.",
+    "deepspeed.zero_stage",
+    "deepspeed.offload_",
+    "deepspeed.overlap_comm",
+    "deepspeed.bucket_elements",
+    "deepspeed.param_persistence_threshold",
+    "deepspeed.timeout_minutes",
+    "data.workers",
+    "data.prefetch_steps",
+    "data.max_skipped_fraction",
+    "data.heldout",
+    "stage.activation_checkpointing",
+)
+
+
+def recipe_values(settings: TrainSettings) -> dict[str, Any]:
+    """The resolved recipe as plain values."""
+    values = OmegaConf.to_container(OmegaConf.structured(settings), resolve=True, enum_to_str=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def recipe_sha256(settings: TrainSettings) -> str:
+    """Hash of the part of a recipe that decides the result."""
+    flat = {
+        key: value for key, value in _flatten(recipe_values(settings)).items() if not key.startswith(FREE_TO_CHANGE)
+    }
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+
+
+def check_same_recipe(run_dir: Path, settings: TrainSettings) -> None:
+    """Refuse to continue a run with another recipe.
+
+    Raises:
+        SettingsError: names the keys that differ, and both values.
+    """
+    path = run_dir / runs.RECIPE
+    if not path.exists():
+        return
+    stored = compose.to_settings(TrainSettings, OmegaConf.to_container(OmegaConf.load(path)))
+    before, now = _flatten(recipe_values(stored)), _flatten(recipe_values(settings))
+    changed = [
+        key for key in sorted(before | now) if before.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+    ]
+    if changed:
+        listed = "; ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in changed[:8])
+        more = f"; and {len(changed) - 8} more" if len(changed) > 8 else ""
+        raise SettingsError(
+            f"run_dir={run_dir} belongs to another recipe ({listed}{more}). "
+            "Choose another run_dir, or restore these keys"
+        )
+
+
+def is_finished(settings: TrainSettings) -> bool:
+    """Whether ``settings.run_dir`` holds the finished run of this very recipe, from the parent as it is now."""
+    path = Path(settings.run_dir) / runs.MANIFEST
+    if not path.exists():
+        return False
+    manifest = runs.read_json(path)
+    return (
+        manifest["status"] == FINISHED
+        and manifest["recipe_sha256"] == recipe_sha256(settings)
+        and manifest["parent"] == describe_parent(settings)
+    )
+
+
+def describe_parent(settings: TrainSettings) -> dict[str, str] | None:
+    """Path and fingerprint of the export that a run starts from; None where it has no parent.
+
+    Raises:
+        FileNotFoundError: the parent has no export.
+    """
+    if settings.parent is None:
+        return None
+    return {"path": settings.parent, "fingerprint": export_fingerprint(runs.export_dir(settings.parent))}
+
+
+def export_fingerprint(folder: Path) -> str:
+    """SHA-256 that tells two exports apart, in time that does not grow with the model.
+
+    Covers config.json, and of each weight file its name, size and 256 blocks of 64 KiB spread evenly over it (all of it
+    where it is smaller). Any further training changes nearly every weight, so it changes nearly every block.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        block, count = 1 << 16, 256
+        stride = max(block, size // count)
+        with path.open("rb") as handle:
+            for start in range(0, size, stride):
+                handle.seek(start)
+                digest.update(handle.read(block))
+    return digest.hexdigest()
+
+
+def begin(
+    settings: TrainSettings,
+    data_fingerprint: str,
+    parameters: Mapping[str, Mapping[str, int]],
+    world_size: int,
+) -> dict[str, Any]:
+    """Write recipe.yaml and the manifest of a run that starts or resumes. Rank 0 only.
+
+    Raises:
+        SettingsError: the parent changed since the run started.
+    """
+    run_dir = Path(settings.run_dir)
+    parent = describe_parent(settings)
+    started = _now()
+    path = run_dir / runs.MANIFEST
+    if path.exists():
+        earlier = runs.read_json(path)
+        started = earlier["started"]
+        if earlier["parent"] != parent:
+            raise SettingsError(
+                f"parent={settings.parent} has changed since the run in run_dir={run_dir} started from it: choose "
+                "another run_dir, or delete this one to train again from the new parent"
+            )
+    manifest = {
+        "status": RUNNING,
+        "stage": settings.stage.name,
+        "parent": parent,
+        "start": asdict(settings.model.start),
+        "recipe": recipe_values(settings),
+        "recipe_sha256": recipe_sha256(settings),
+        "seed": settings.seed,
+        "data_fingerprint": data_fingerprint,
+        "parameters": parameters,
+        "world_size": world_size,
+        "versions": runs.versions(),
+        "commit": runs.commit(),
+        "started": started,
+    }
+    runs.write_text_atomic(run_dir / runs.RECIPE, compose.to_yaml(settings))
+    runs.write_json_atomic(path, manifest)
+    return manifest
+
+
+def finish(run_dir: Path, manifest: dict[str, Any], result: Mapping[str, Any]) -> None:
+    """Mark a run as finished, in the run folder and beside its export. Rank 0 only, after the export is whole."""
+    done = manifest | dict(result) | {"status": FINISHED, "finished": _now()}
+    done["export_fingerprint"] = export_fingerprint(run_dir / runs.EXPORT)
+    runs.write_json_atomic(run_dir / runs.EXPORT / runs.MANIFEST, done)
+    runs.write_json_atomic(run_dir / runs.MANIFEST, done)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

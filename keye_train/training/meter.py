@@ -1,0 +1,49 @@
+"""Sums of one optimizer step: counted on the host before it, added up on the device during it, read once after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class LossMeter:
+    """Loss by source, and further figures, of one step.
+
+    Nothing here waits for the device until :meth:`totals`.
+
+    Args:
+        sources: names, in the order of the source numbers.
+        figures: names of the objective's further sums.
+        device: of the losses.
+    """
+
+    def __init__(self, sources: Sequence[str], figures: Sequence[str], device: torch.device) -> None:
+        self.names = [f"loss/{source}" for source in sources] + list(figures)
+        self._sources = len(sources)
+        self._figures = list(figures)
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: a new step begins."""
+        self._sums = torch.zeros(len(self.names), dtype=torch.float64, device=self._device)
+
+    def add(self, losses: Tensor, sources: Tensor, figures: dict[str, Tensor]) -> None:
+        """Add one micro-batch.
+
+        Args:
+            losses: [K] float32, on the device.
+            sources: [K] int64 source number of each, on the device.
+            figures: scalar sums, on the device.
+        """
+        self._sums[: self._sources].index_add_(0, sources, losses.detach().double())
+        for place, name in enumerate(self._figures, self._sources):
+            self._sums[place] += figures[name]
+
+    def totals(self) -> dict[str, float]:
+        """Sums over all ranks. Collective: every rank must reach this. Waits for the device."""
+        dist.all_reduce(self._sums)
+        return dict(zip(self.names, self._sums.tolist(), strict=True))

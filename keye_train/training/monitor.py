@@ -1,0 +1,174 @@
+"""What a run tells the outside: metrics.jsonl always, TensorBoard and wandb by recipe, progress on rank 0."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from keye_train import runs
+from keye_train.settings import LoggingSettings
+
+logger = logging.getLogger(__name__)
+
+QUIET_PROGRESS_S = 15.0  # where the output is no terminal: seconds between two progress lines
+
+Row = dict[str, Any]
+
+
+class Monitor:
+    """Writes one row for each logged step. On ranks other than 0 it does nothing.
+
+    Args:
+        run_dir: folder of the run.
+        settings: which writers are on.
+        is_main: whether this is rank 0.
+        first_step: steps done before this launch; rows of later steps (of a launch that died after its last
+            checkpoint) are dropped, since those steps are run again.
+        steps: steps of the whole run.
+        name: of the run, for wandb and the progress bar.
+        recipe: resolved recipe, for wandb.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        settings: LoggingSettings,
+        is_main: bool,
+        first_step: int,
+        steps: int,
+        name: str,
+        recipe: dict[str, Any],
+    ) -> None:
+        self._jsonl: TextIO | None = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        self._progress: Progress | None = None
+        if not is_main:
+            return
+        keep_rows_until(run_dir / runs.METRICS, first_step)
+        self._jsonl = (run_dir / runs.METRICS).open("a", encoding="utf-8")
+        if settings.tensorboard:
+            self._tensorboard = _open_tensorboard(run_dir, first_step)
+        if settings.wandb:
+            self._wandb = _open_wandb(run_dir, settings.wandb_project, name, recipe)
+        if settings.progress:
+            self._progress = Progress(name, first_step, steps)
+
+    def write(self, row: Row) -> None:
+        """Log one step; ``row["step"]`` counts from 1. Nested values are ``outer/inner`` in TensorBoard and wandb."""
+        if self._jsonl is None:
+            return
+        self._jsonl.write(json.dumps(row) + "\n")
+        self._jsonl.flush()
+        scalars = _flatten(row)
+        if self._tensorboard is not None:
+            for key, value in scalars.items():
+                self._tensorboard.add_scalar(key, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=row["step"])
+
+    def advance(self, step: int, row: Row | None) -> None:
+        """Move the progress display to ``step`` steps done; ``row`` is the step's row if it was logged."""
+        if self._progress is not None:
+            self._progress.advance(step, row)
+
+    def close(self) -> None:
+        """Flush and close every writer."""
+        if self._jsonl is not None:
+            self._jsonl.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._progress is not None:
+            self._progress.close()
+
+
+class Progress:
+    """A bar with the time left on a terminal; elsewhere a log line now and then."""
+
+    def __init__(self, name: str, first_step: int, steps: int) -> None:
+        self._name, self._steps, self._first = name, steps, first_step
+        self._started = self._last_line = time.monotonic()
+        self._figures = ""
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True)
+
+    def advance(self, step: int, row: Row | None) -> None:
+        """Show that ``step`` steps are done."""
+        if row is not None:
+            loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+            self._figures = f"loss {loss}, {row['tokens_per_s']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._figures, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= QUIET_PROGRESS_S or step in (self._first + 1, self._steps):
+            self._last_line = now
+            left_s = (now - self._started) / (step - self._first) * (self._steps - step)
+            logger.info("%s: step %d/%d, %s, %s left", self._name, step, self._steps, self._figures, _clock(left_s))
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def keep_rows_until(path: Path, step: int) -> None:
+    """Drop rows of a JSON-lines file whose ``step`` is above ``step``, and a last line cut off by a crash."""
+    if not path.exists():
+        return
+    rows = [row for row in runs.read_jsonl(path) if row["step"] <= step]
+    runs.write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _open_tensorboard(run_dir: Path, first_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # heavy: only where it is used
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+
+
+def _open_wandb(run_dir: Path, project: str, name: str, recipe: dict[str, Any]) -> Any:
+    """A wandb run that a resumed launch continues; offline where no key is set."""
+    import secrets
+
+    import wandb  # heavy: only where it is used
+
+    id_file = run_dir / "wandb_id"
+    if not id_file.exists():
+        runs.write_text_atomic(id_file, secrets.token_hex(4))
+    offline = "WANDB_API_KEY" not in os.environ
+    return wandb.init(
+        project=project,
+        name=name,
+        id=id_file.read_text(encoding="utf-8"),
+        resume=None if offline else "allow",
+        mode="offline" if offline else "online",
+        dir=str(run_dir),
+        config=recipe,
+    )
+
+
+def _flatten(row: Row, prefix: str = "") -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}/")
+        elif value is not None:
+            flat[prefix + key] = value
+    return flat
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,88 @@
+"""What a stage minimises: the module that the engine runs, and how its losses are counted.
+
+An objective gives one loss for each *item*: a labelled token (language) or an image-caption pair (contrastive). The
+trainer adds them up and divides by the number of items of the whole global batch, so an objective never averages.
+
+Legend: K items of a pack, S samples of a pack, B image-caption pairs.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keye_train.model.dual_encoder import DualEncoder, siglip_loss_distributed
+from keye_train.model.keye import KeyeForConditionalGeneration
+from keye_train.model.packed import ContrastiveInputs, PackedInputs
+from keye_train.model.vision import placeholder_image
+from keye_train.settings import Precision
+
+Figures = dict[str, Tensor]
+"""Further scalar sums of a micro-batch, detached."""
+
+
+class LanguageObjective(nn.Module):
+    """Next-token cross entropy of assistant turns."""
+
+    figures: tuple[str, ...] = ()
+
+    def __init__(self, model: KeyeForConditionalGeneration, precision: Precision) -> None:
+        super().__init__()
+        self.model = model
+        self.precision = precision
+
+    def forward(self, inputs: PackedInputs) -> tuple[Tensor, Figures]:
+        """Losses [K] float32 of the labelled tokens."""
+        with autocast(self.precision, inputs.input_ids.device):
+            return self.model(packed=inputs), {}
+
+    def item_samples(self, inputs: PackedInputs) -> Tensor:
+        """Number of the sample that each item belongs to: [K] int64."""
+        return inputs.loss_samples
+
+
+class ContrastiveObjective(nn.Module):
+    """SigLIP loss of each image against the captions of all ranks in the same micro-step."""
+
+    figures: tuple[str, ...] = ("retrieved",)
+
+    def __init__(self, model: DualEncoder, precision: Precision) -> None:
+        super().__init__()
+        self.model = model
+        self.precision = precision
+
+    def forward(self, inputs: ContrastiveInputs) -> tuple[Tensor, Figures]:
+        """Losses [B] float32; ``retrieved``: images whose own caption is the most similar of this pack's captions."""
+        pairs = len(inputs.text_ids)
+        if not pairs:  # every rank must run the same collectives, so both towers run on something that is cut off below
+            text_ids = torch.zeros(1, inputs.text_ids.shape[1], dtype=torch.int64, device=inputs.text_ids.device)
+            inputs = ContrastiveInputs(placeholder_image(text_ids), text_ids)
+        with autocast(self.precision, inputs.text_ids.device):
+            output = self.model(inputs)
+        images, texts = output.image_embeds[:pairs], output.text_embeds[:pairs]
+        losses = siglip_loss_distributed(images, texts, output.logit_scale, output.logit_bias)
+        with torch.no_grad():
+            nearest = (images @ texts.T).argmax(dim=1) if pairs else torch.empty(0, device=images.device)
+            retrieved = (nearest == torch.arange(pairs, device=images.device)).sum()
+        return losses, {"retrieved": retrieved}
+
+    def item_samples(self, inputs: ContrastiveInputs) -> Tensor:
+        """Number of the sample that each item belongs to: [B] int64."""
+        return torch.arange(len(inputs.text_ids))
+
+
+TrainingObjective = LanguageObjective | ContrastiveObjective
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 matrix products on fp32 weights where the recipe says so.
+
+    torch's autocast inside the module, not DeepSpeed's ``torch_autocast``: that one also reduces gradients in bf16, and
+    the sums of one global batch would then depend on how it is split over ranks.
+    """
+    if precision == Precision.bf16_autocast:
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()

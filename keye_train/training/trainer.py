@@ -1,0 +1,304 @@
+"""The training loop of every stage.
+
+A run is: build, resume where a checkpoint is, step, export. A step is: read -> count -> forward and backward of each
+micro-batch -> apply or refuse -> log. Nothing waits for the device between the first micro-batch and the update.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keye_train.data.collate import LoadedPack
+from keye_train.data.ledger import Ledger
+from keye_train.data.loader import Loader, StepData
+from keye_train.data.plan import Plan, PlanState
+from keye_train.data.sample import SampleRef
+from keye_train.model import module_parameters
+from keye_train.model.pretrained import load_state
+from keye_train.model.processing import KeyeProcessor
+from keye_train.settings import Objective, TrainSettings
+from keye_train.training import build, checkpoint, distributed, export, manifest
+from keye_train.training.checkpoint import Checkpoint, TrainState
+from keye_train.training.distributed import World
+from keye_train.training.engine import Engine, Outcome
+from keye_train.training.guards import NonFiniteGuard, StopRequest, exit_code
+from keye_train.training.meter import LossMeter
+from keye_train.training.monitor import Monitor
+from keye_train.training.optimizer import parameter_groups
+
+logger = logging.getLogger(__name__)
+
+
+def train(settings: TrainSettings) -> int:
+    """Run one stage, or continue it: the same call in the same ``run_dir`` goes on from the newest whole checkpoint.
+
+    Works in one process, and in every process that torchrun or the deepspeed launcher starts.
+
+    Returns:
+        Exit code: 0 when the run is finished (also when it was before), 130 or 143 when a signal stopped it.
+
+    Raises:
+        SettingsError: the recipe cannot work, or ``run_dir`` belongs to another recipe.
+        ValueError: data, parent or checkpoint do not fit the recipe.
+        NonFiniteError: the gradient stayed non-finite.
+    """
+    settings.check()
+    run_dir = Path(settings.run_dir)
+    if manifest.is_finished(settings):
+        logger.info("%s: already finished", run_dir)
+        return 0
+    manifest.check_same_recipe(run_dir, settings)
+    with StopRequest() as stop_request:
+        world = distributed.start(settings.deepspeed.timeout_minutes)
+        try:
+            return Trainer(settings, world, stop_request).run()
+        finally:
+            distributed.stop()
+
+
+@dataclass(frozen=True)
+class Counts:
+    """One global batch, over all ranks and all micro-steps."""
+
+    items: int  # labelled tokens, or image-caption pairs
+    tokens: int
+    patches: int
+    samples: int
+    skipped: int  # samples that could not be read or did not fit
+    stop: int  # signal that asked some rank to stop; 0: none
+    items_by_source: list[int]
+
+
+class Trainer:
+    """One run on one rank."""
+
+    def __init__(self, settings: TrainSettings, world: World, stop_request: StopRequest) -> None:
+        self.settings, self.stage, self.world = settings, settings.stage, world
+        self.run_dir = Path(settings.run_dir)
+        self._stop_request = stop_request
+        settings.gradient_accumulation(world.size)  # refuses a world size that does not divide the global batch
+        self.plan = Plan.from_settings(settings, build.cost_function(settings))
+        self.processor = KeyeProcessor.from_settings(settings.model, settings.data.resolution)
+        found = checkpoint.newest_whole(self.run_dir, world)
+        self.state = found.state if found else TrainState(0, 0, self.plan.start().to_json())
+        self.objective = build.build_objective(settings)
+        self.manifest = self._begin_manifest(build.count_parameters(self.objective.model))
+        self.engine = self._build_engine(found)
+        self.guard = NonFiniteGuard(self.state.refused_in_a_row, self.state.refused_total)
+        self._source_number = {name: number for number, name in enumerate(self.plan.sources)}
+        self.meter = LossMeter(self.plan.sources, self.objective.figures, world.device)
+
+    def run(self) -> int:
+        """Train to the end or to a signal; the exit code."""
+        position = PlanState.from_json(self.state.data)
+        monitor = Monitor(
+            self.run_dir,
+            self.settings.logging,
+            self.world.is_main,
+            self.state.step,
+            self.stage.steps,
+            self.stage.name,
+            self.manifest["recipe"],
+        )
+        ledger = Ledger(self.run_dir, self.world.rank, self.settings.data.max_skipped_fraction, self.state.step)
+        loader = Loader(self.plan, self.processor, self.world.rank, self.world.size, self.settings, position)
+        try:
+            stopped_by = self._train(loader, ledger, monitor)
+        finally:
+            loader.close()
+            ledger.close()
+            monitor.close()
+        if stopped_by:
+            logger.info("stopped after step %d; the same command goes on from there", self.state.step)
+            return exit_code(stopped_by)
+        export.write_export(self.engine, self.objective.model.config, self.settings, self.run_dir, self.world)
+        if self.world.is_main:
+            manifest.finish(self.run_dir, self.manifest, self._result())
+        self.world.barrier()
+        self.engine.close()
+        return 0
+
+    def _train(self, loader: Loader, ledger: Ledger, monitor: Monitor) -> int:
+        """All remaining steps; the signal that stopped them, or 0."""
+        while self.state.step < self.stage.steps:
+            began = time.monotonic()
+            data = next(loader)
+            data_wait_s = time.monotonic() - began
+            ledger.record(data)
+            counts = self._count(data)
+            rates, outcome = self._step(data, counts)
+            self.state = TrainState(
+                step=data.step + 1,
+                updates=self.engine.updates,
+                data=data.plan_state_after.to_json(),
+                refused_in_a_row=self.guard.in_a_row,
+                refused_total=self.guard.total,
+                wall_s=self.state.wall_s + time.monotonic() - began,
+            )
+            row = None
+            if self.state.step % self.settings.logging.every_steps == 0 or self.state.step == self.stage.steps:
+                row = self._row(data, counts, rates, outcome, data_wait_s, time.monotonic() - began)
+                monitor.write(row)
+            monitor.advance(self.state.step, row)
+            last = self.state.step == self.stage.steps
+            if counts.stop or last or self.state.step % self.settings.checkpoint.every_steps == 0:
+                checkpoint.save(self.run_dir, self.engine, self.state, self.world, self.settings.checkpoint.keep)
+            if counts.stop and not last:
+                return counts.stop
+        return 0
+
+    def _count(self, data: StepData) -> Counts:
+        """Sizes of the global batch, known before the first forward. Collective: every rank must reach this."""
+        by_source = [0] * len(self.plan.sources)
+        for pack in data.packs:
+            for source in self._item_sources(pack).tolist():
+                by_source[source] += 1
+        skipped = len(data.dropped) + sum(len(pack.skipped) for pack in data.packs)
+        tokens, patches = (sum(getattr(pack, name) for pack in data.packs) for name in ("tokens", "patches"))
+        samples = sum(len(pack.refs) for pack in data.packs)
+        *sums, interrupts, terminations = self.world.sum_int(
+            [*by_source, tokens, patches, samples, skipped, *self._stop_request.as_flags()]
+        )
+        sources = sums[: len(by_source)]
+        tokens, patches, samples, skipped = sums[len(by_source) :]
+        stop = StopRequest.from_flags(interrupts, terminations)
+        return Counts(sum(sources), tokens, patches, samples, skipped, stop, sources)
+
+    def _step(self, data: StepData, counts: Counts) -> tuple[dict[str, float], Outcome]:
+        """Forward and backward of every micro-batch, then the update."""
+        seed_step(self.settings.seed, data.step, self.world.rank)
+        rates = self.engine.set_learning_rates(data.step, self.stage)
+        self.meter.reset()
+        # The engine averages over ranks; we want the sum over ranks divided by all items.
+        weight = self.world.size / max(counts.items, 1)
+        for number, pack in enumerate(data.packs):
+            sources = self._item_sources(pack).to(self.world.device, non_blocking=True)
+            losses, figures = self.engine.forward(pack.inputs.to(self.world.device))
+            self.meter.add(losses, sources, figures)
+            self.engine.accumulate(_weighted(losses, weight), last=number == len(data.packs) - 1)
+        outcome = self.engine.apply()
+        self.guard.observe(outcome.applied, data.step + 1, _samples(data))
+        return rates, outcome
+
+    def _item_sources(self, pack: LoadedPack) -> Tensor:
+        """Source number of each item of a pack: [K] int64, on the CPU."""
+        of_sample = torch.tensor([self._source_number[source] for source in pack.sources], dtype=torch.int64)
+        return of_sample[self.objective.item_samples(pack.inputs)]  # type: ignore[arg-type]
+
+    def _row(
+        self,
+        data: StepData,
+        counts: Counts,
+        rates: dict[str, float],
+        outcome: Outcome,
+        data_wait_s: float,
+        step_s: float,
+    ) -> dict[str, Any]:
+        """What metrics.jsonl says about a step. Collective: every rank must reach this, once for each logged step."""
+        totals = self.meter.totals()
+        by_source = zip(self.plan.sources, counts.items_by_source, strict=True)
+        packs = self.stage.global_batch_packs
+        row: dict[str, Any] = {
+            "step": self.state.step,
+            "loss": _finite(sum(totals[f"loss/{name}"] for name in self.plan.sources) / max(counts.items, 1)),
+            "loss_by_source": {name: _finite(totals[f"loss/{name}"] / items) for name, items in by_source if items},
+            "lr": rates,
+            "grad_norm": _finite(outcome.grad_norm),
+            "applied": outcome.applied,
+            "tokens": counts.tokens,
+            "labelled_tokens": counts.items,
+            "patches": counts.patches,
+            "samples": counts.samples,
+            "fill": counts.tokens / (packs * self.stage.max_tokens),
+            "patch_fill": counts.patches / (packs * self.stage.max_patches),
+            "tokens_per_s": counts.tokens / step_s,
+            "step_s": step_s,
+            "data_wait_s": data_wait_s,
+            "skipped": counts.skipped,
+        }
+        if self.stage.objective == Objective.contrastive:
+            row["pairs"] = row.pop("labelled_tokens")
+            row["retrieval_accuracy"] = totals["retrieved"] / max(counts.items, 1)
+            row["logit_scale"] = math.exp(float(self.engine.full_parameter("logit_scale")))
+        return row
+
+    def _build_engine(self, found: Checkpoint | None) -> Engine:
+        """The engine, at the start of the run or where the checkpoint stands."""
+        model = self.objective.model
+        groups = parameter_groups(module_parameters(model), self.stage)
+        reader = None
+        if found is not None:
+            reader = found.tensors()
+            named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+            reader.check_fits({name: tuple(parameter.shape) for name, parameter in named.items()})
+            # Before the engine is built, so that its 16-bit copies are roundings of these, as they were in that run.
+            load_state(model, ((name, reader(name)) for name in named))
+        engine = Engine(self.objective, model, groups, self.settings, self.world)
+        if found is not None and reader is not None:
+            engine.restore(reader, found.state.updates)
+            if self.world.is_main:
+                logger.info("continuing from %s", found.folder)
+        return engine
+
+    def _begin_manifest(self, counts: dict[str, dict[str, int]]) -> dict[str, Any]:
+        """Write recipe and manifest on rank 0; every rank fails where rank 0 does."""
+        written: dict[str, Any] = {"recipe": manifest.recipe_values(self.settings)}
+        error: Exception | None = None
+        if self.world.is_main:
+            build.log_parameters(counts)
+            try:
+                written = manifest.begin(self.settings, self.plan.fingerprint, counts, self.world.size)
+            except (OSError, ValueError) as caught:
+                error = caught
+        self.world.require_all(error, "writing the manifest")
+        return written
+
+    def _result(self) -> dict[str, Any]:
+        """What the manifest says at the end."""
+        return {
+            "steps": self.state.step,
+            "updates": self.state.updates,
+            "updates_refused": self.state.refused_total,
+            "wall_s": round(self.state.wall_s, 3),
+        }
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed every generator from (seed, step, rank).
+
+    The random numbers of a step then depend on nothing that happened before it: resuming needs no generator states.
+    """
+    mixed = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+    torch.manual_seed(mixed)
+    np.random.seed(mixed)
+    random.seed(mixed)
+
+
+def _weighted(losses: Tensor, weight: float) -> Tensor:
+    """Sum of the losses times ``weight``.
+
+    A sum that is not finite gets the weight NaN, so that the gradient cannot be finite by accident: the engine then
+    refuses the update on every rank, without a further collective and without waiting for the device here.
+    """
+    total = losses.sum()
+    factor = torch.where(torch.isfinite(total.detach()), weight, torch.nan)
+    return total * factor
+
+
+def _samples(data: StepData) -> list[SampleRef]:
+    return [ref for pack in data.packs for ref in pack.refs]
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
