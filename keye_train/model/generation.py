@@ -56,18 +56,11 @@ class KeyeGenerationMixin(GenerationMixin):
         model_kwargs["rope_deltas"] = outputs.rope_deltas
         return model_kwargs
 
-    @staticmethod
-    def _expand_inputs_for_generation(
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[Any, dict[str, Any]]:
+    def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
         # Pixels of all rows lie in one packed tensor, which a repeat along its first axis would scramble.
-        if expand_size > 1 and any(model_kwargs.get(name) is not None for name in VISION_KWARGS):
+        if expand_size > 1 and any(kwargs.get(name) is not None for name in VISION_KWARGS):
             raise ValueError(
                 "several sequences per prompt are not supported with images or videos: use num_beams=1 and "
                 "num_return_sequences=1, and repeat the prompt in the batch"
             )
-        expand: Any = GenerationMixin._expand_inputs_for_generation
-        return expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        return super()._expand_inputs_for_generation(expand_size, *args, **kwargs)  # type: ignore[misc]

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from keye_train.model.vision import EncoderAttention, EncoderMLP, PatchEmbedding, PoolingAttention, PoolingHead
+from keye_train.model.vision import (
+    EncoderAttention,
+    EncoderMLP,
+    PatchEmbedding,
+    PoolingAttention,
+    PoolingHead,
+    PositionTable,
+)
 
 SIGLIP_BIAS_STD = 1e-6
+
+
+def initialize_weights(model: nn.Module, std: float) -> None:
+    """Set all parameters of a model that is not a transformers model; see ``initialize_module``."""
+    model.apply(partial(initialize_module, std=std))
 
 
 @torch.no_grad()
@@ -37,6 +50,8 @@ def initialize_module(module: nn.Module, std: float) -> None:
         nn.init.normal_(module.weight, std=1 / math.sqrt(module.weight[0].numel()))
         assert module.bias is not None
         nn.init.zeros_(module.bias)
+    elif isinstance(module, PositionTable):
+        nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
     elif isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=std)
         if module.bias is not None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keye_train.model.dual_encoder import DualEncoder, siglip_loss_distributed
+from keye_train.model.contrastive import siglip_loss_distributed
+from keye_train.model.dual_encoder import DualEncoder
 from keye_train.model.keye import KeyeForConditionalGeneration
 from keye_train.model.packed import ContrastiveInputs, PackedInputs
 from keye_train.model.vision import placeholder_image

@@ -1,0 +1,252 @@
+"""Exports: the model on disk in the published layout (config.json, safetensors, official key names).
+
+An export is a folder. It is written aside and renamed, so it exists whole or not at all. Weights stream a tensor at a
+time in both directions. Only safetensors are read: a pickle can run code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from keye_train.model.configuration import KeyeConfig
+from keye_train.model.dual_encoder import DualEncoder
+from keye_train.model.keye import KeyeForConditionalGeneration
+from keye_train.runs import read_json, write_text_atomic
+from keye_train.settings import TextTowerSettings
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
+
+NamedTensors = Iterable[tuple[str, Tensor]]
+Gather = Callable[[nn.Parameter], AbstractContextManager[object]]
+
+
+def read_state(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a checkpoint folder, one at a time, on the CPU.
+
+    Raises:
+        FileNotFoundError: no safetensors, or a shard that the index names is absent.
+        ValueError: a shard lacks a tensor that the index promises.
+    """
+    folder = Path(folder)
+    index = folder / WEIGHTS_INDEX
+    if index.exists():
+        places: dict[str, str] = read_json(index)["weight_map"]
+    elif (folder / WEIGHTS).exists():
+        with safe_open(folder / WEIGHTS, framework="pt") as single:
+            places = dict.fromkeys(single.keys(), WEIGHTS)
+    else:
+        raise FileNotFoundError(
+            f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}: convert other formats to safetensors first"
+        )
+    for file in sorted(set(places.values())):
+        if not (folder / file).exists():
+            raise FileNotFoundError(
+                f"{folder / file} is named by {WEIGHTS_INDEX} but absent: copy the checkpoint again"
+            )
+        with safe_open(folder / file, framework="pt") as shard:
+            held = set(shard.keys())
+            for name in (name for name, place in places.items() if place == file):
+                if name not in held:
+                    raise ValueError(f"{folder / file} lacks {name}, which {WEIGHTS_INDEX} promises")
+                yield name, shard.get_tensor(name)
+
+
+@torch.no_grad()
+def load_state(model: nn.Module, state: NamedTensors, gather: Gather = nullcontext) -> set[str]:
+    """Copy tensors into a model, casting to its data types.
+
+    Args:
+        model: any model of this package.
+        state: (name, tensor); every name must be a parameter of the model.
+        gather: context that makes a parameter whole while it is written, for parameters spread over ranks.
+
+    Returns:
+        Names that were filled; the caller decides what the others mean.
+
+    Raises:
+        ValueError: a name the model does not have, or a shape that differs; the message names the setting to check.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    filled = set()
+    for name, tensor in state:
+        parameter = parameters.get(name)
+        if parameter is None:
+            raise ValueError(f"{name} {list(tensor.shape)} has no place in the model: check {setting_of(name)}")
+        with gather(parameter):
+            if parameter.shape != tensor.shape:
+                raise ValueError(
+                    f"{name} has the shape {list(tensor.shape)} in the file and {list(parameter.shape)} in the model: "
+                    f"check {setting_of(name)}"
+                )
+            parameter.copy_(tensor)
+        filled.add(name)
+    return filled
+
+
+def setting_of(name: str) -> str:
+    """The recipe setting that most likely decides the shape, or the presence, of a parameter."""
+    prefixes = {"visual.": "model.vision", "text_model.": "model.text_tower"}
+    group = next((group for prefix, group in prefixes.items() if name.startswith(prefix)), "model.language")
+    if "token_embedding" in name or "embed_tokens" in name or "lm_head" in name:
+        return f"{group}.vocab_size and {group}.hidden_size"
+    if "position_embedding" in name:
+        return "model.vision.image_size" if group == "model.vision" else f"{group}.max_tokens"
+    if "mlp" in name and group != "model.language":
+        return f"{group}.intermediate_size and {group}.hidden_size"
+    if name.startswith("mlp_AR."):
+        return "model.vision.hidden_size and model.language.hidden_size"
+    if ".mlp." in name:
+        return f"{group}.intermediate_size, {group}.hidden_size and {group}.num_hidden_layers"
+    if ".self_attn." in name and group == "model.language":
+        return f"{group}.num_attention_heads, num_key_value_heads, head_dim and num_hidden_layers"
+    return f"{group}.hidden_size and {group}.num_hidden_layers"
+
+
+def require_all(model: nn.Module, filled: set[str], source: str, allowed: Callable[[str], bool]) -> None:
+    """Raise ValueError naming the parameters that got no value from ``source``.
+
+    Args:
+        allowed: names that may keep their first values.
+    """
+    missing = [name for name, _ in model.named_parameters() if name not in filled and not allowed(name)]
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ValueError(f"{source} lacks {shown}: check {setting_of(missing[0])}")
+
+
+def load_export(folder: str | Path, dtype: torch.dtype | None = None) -> KeyeForConditionalGeneration:
+    """The model of an export, on the CPU, in evaluation mode.
+
+    Args:
+        dtype: of the weights; None: that of the export.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``read_state`` and ``load_state``; or a tensor is missing.
+    """
+    config = _read_config(folder, dtype)
+    if config.architectures == ["DualEncoder"]:
+        raise ValueError(f"{folder} is an export of Stage 0 (two towers): it has no language model")
+    with torch.device("meta"):  # nothing is drawn that the file replaces
+        model = KeyeForConditionalGeneration(config)
+    nn.Module.to(model, config.dtype).to_empty(device="cpu")
+    model.tie_weights()
+    filled = load_state(model, read_state(folder))
+    require_all(model, filled, str(folder), allowed=lambda name: False)
+    return model.eval()
+
+
+def load_dual_encoder(folder: str | Path, dtype: torch.dtype | None = None) -> DualEncoder:
+    """The two towers of a Stage 0 export, on the CPU, in evaluation mode.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``load_export``.
+    """
+    config = _read_config(folder, dtype)
+    if config.architectures != ["DualEncoder"]:
+        raise ValueError(f"{folder} is not an export of Stage 0: its config.json has no text_tower")
+    with torch.device("meta"):
+        model = DualEncoder(config, TextTowerSettings(**config.text_tower))
+    model = model.to(config.dtype).to_empty(device="cpu")
+    filled = load_state(model, read_state(folder))
+    require_all(model, filled, str(folder), allowed=lambda name: False)
+    return model.eval()
+
+
+def save_export(
+    state: NamedTensors,
+    config: KeyeConfig,
+    folder: str | Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    extra_files: Mapping[str, Path] | None = None,
+) -> None:
+    """Write an export, whole or not at all; an export that stands there is replaced.
+
+    Args:
+        state: (name, tensor) under the official names; at most ``max_shard_bytes`` of them are held at a time.
+        config: becomes config.json, with the data type of the tensors.
+        extra_files: name in the export -> file to copy, e.g. the tokenizer's.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        dtype = _write_weights(state, aside, max_shard_bytes)
+        config = KeyeConfig(**config.to_dict())
+        config.dtype = dtype
+        write_text_atomic(aside / "config.json", config.to_json_string())
+        for name, source in (extra_files or {}).items():
+            shutil.copyfile(source, aside / name)
+        _replace_folder(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _write_weights(state: NamedTensors, folder: Path, max_shard_bytes: int) -> torch.dtype:
+    """Shards of at most ``max_shard_bytes`` (or one tensor), and their index; returns the data type."""
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    held_bytes = total_bytes = 0
+    dtype: torch.dtype | None = None
+
+    def flush() -> None:
+        part = folder / f"part-{len(shards)}.safetensors"
+        save_file(held, part, metadata={"format": "pt"})
+        with part.open("rb") as handle:
+            os.fsync(handle.fileno())
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in state:
+        tensor = tensor.detach().cpu().contiguous().clone()  # safetensors refuses shared memory
+        if held and held_bytes + tensor.nbytes > max_shard_bytes:
+            flush()
+            held_bytes = 0
+        held[name] = tensor
+        held_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+        dtype = dtype or tensor.dtype
+    if dtype is None:
+        raise ValueError("nothing to export: the state has no tensors")
+    flush()
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"part-{number}.safetensors").replace(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        write_text_atomic(folder / WEIGHTS_INDEX, json.dumps(index, indent=2) + "\n")
+    return dtype
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    """Move ``new`` to ``target``; what stands there is removed afterwards."""
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    if target.exists():
+        target.replace(old)
+    new.replace(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _read_config(folder: str | Path, dtype: torch.dtype | None) -> KeyeConfig:
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is absent: {folder} is no export")
+    config = KeyeConfig(**read_json(path))
+    config.dtype = dtype or config.dtype or torch.float32
+    return config
