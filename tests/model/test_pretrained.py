@@ -16,6 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipConfig, SiglipMode
 
 from keye_train.model import (
     KeyeConfig,
+    KeyeForConditionalGeneration,
     KeyeVisionConfig,
     initial_dual_encoder,
     initial_model,
@@ -122,6 +123,12 @@ class TestExport:
         }
         vision = written["vision_config"]
         assert {name: vision[name] for name in published["vision_config"]} == published["vision_config"]
+
+    def test_transformers_reads_it_too(self, tmp_path: Path) -> None:
+        model = golden.tiny_model()
+        save_export(model.state_dict().items(), model.config, tmp_path / "export")
+        again = KeyeForConditionalGeneration.from_pretrained(tmp_path / "export")
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
 
     def test_data_type(self, tmp_path: Path) -> None:
         model = golden.tiny_model().bfloat16()
