@@ -1,34 +1,27 @@
-"""From planned packs to tensors: reader processes that work ahead of the training step.
+"""From planned packs to tensors: readers that work ahead of the training step.
 
-The main process walks through the plan and hands out packs in order; readers fetch, decode and lay out one whole pack
-at a time and return it through shared memory. Packs come back in the order of the plan at any number of readers.
+This process walks through the plan and hands out whole packs; readers fetch, decode and lay them out. Packs come back
+in the order of the plan at any number of readers.
 """
 
 from __future__ import annotations
 
-import logging
-import math
 import shlex
-import signal
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from typing import Any
-
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from keye_train.data.collate import LoadedPack, collate_pairs, collate_samples
 from keye_train.data.formats import parse_sample
 from keye_train.data.index import read_key
-from keye_train.data.plan import Dropped, GlobalBatch, Pack, Plan, PlanState, assign
+from keye_train.data.plan import Dropped, Pack, Plan, PlanState, assign
+from keye_train.data.pool import ReaderPool
 from keye_train.data.reader import ShardReader
 from keye_train.data.sample import SampleError, SampleRef
 from keye_train.model.processing import EncodedPair, EncodedSample, KeyeProcessor
 from keye_train.settings import Objective, TrainSettings
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,16 +45,16 @@ class ReadTask:
     patches: int
 
 
-class PackDataset(Dataset[LoadedPack]):
-    """Reads one pack. Lives in the reader processes, so it knows shards by path only, never the corpus."""
+class PackReader:
+    """Reads packs. Goes into the reader processes, so it knows shards by path only, never the corpus."""
 
     def __init__(self, processor: KeyeProcessor, objective: Objective, max_tokens: int) -> None:
         self.processor = processor
         self.objective = objective
         self.max_tokens = max_tokens
-        self._reader = ShardReader()
+        self._shards = ShardReader()
 
-    def __getitem__(self, tasks: tuple[ReadTask, ...]) -> LoadedPack:
+    def __call__(self, tasks: tuple[ReadTask, ...]) -> LoadedPack:
         """Read the samples of a pack; those that cannot be read are named in ``skipped``.
 
         Raises:
@@ -77,9 +70,8 @@ class PackDataset(Dataset[LoadedPack]):
                 skipped.append((ref, str(error)))
         model = self.processor.model
         pairs = self.objective == Objective.contrastive
-        inputs = collate_pairs(read, model) if pairs else collate_samples(read, model)
         return LoadedPack(
-            inputs=inputs,
+            inputs=collate_pairs(read, model) if pairs else collate_samples(read, model),
             refs=tuple(sample.ref for sample in read),
             tasks=tuple(sample.task for sample in read),
             skipped=tuple(skipped),
@@ -89,7 +81,7 @@ class PackDataset(Dataset[LoadedPack]):
         )
 
     def _encode(self, task: ReadTask) -> EncodedSample | EncodedPair:
-        key, members = self._reader.read(task.shard, task.row)
+        key, members = self._shards.read(task.shard, task.row)
         sample = parse_sample(SampleRef(task.source, task.shard, key), members)
         encoded: EncodedSample | EncodedPair
         if self.objective == Objective.contrastive:
@@ -102,10 +94,21 @@ class PackDataset(Dataset[LoadedPack]):
             folder = shlex.quote(self.processor.model.tokenizer)
             raise ValueError(
                 f"sample {key} of the shard {task.shard} has {tokens} tokens and {len(encoded.pixel_patches)} patches, "
-                f"its index says {task.tokens} and {task.patches}. The shard was changed after it was indexed; run: "
+                f"its index says {task.tokens} and {task.patches}: the shard was changed after it was indexed; run: "
                 f"keye-data index {shlex.quote(task.shard)} --force --tokenizer {folder}"
             )
         return encoded
+
+
+@dataclass(frozen=True)
+class _PlannedStep:
+    """A step of which some packs may still be with the readers."""
+
+    step: int
+    packs: list[tuple[ReadTask, ...]]
+    futures: list[Future[LoadedPack]]  # empty without reader processes
+    dropped: tuple[Dropped, ...]
+    state_after: PlanState
 
 
 class Loader:
@@ -120,7 +123,9 @@ class Loader:
         settings: TrainSettings,
         state: PlanState | None = None,
     ) -> None:
-        """Args:
+        """Start the readers.
+
+        Args:
             plan: of the stage; the same on every rank.
             processor: encodes samples.
             rank, world_size: which packs are ours.
@@ -130,24 +135,14 @@ class Loader:
         Raises:
             SettingsError: the packs of a global batch do not divide over the ranks.
         """
-        self._plan, self._rank, self._world_size = plan, rank, world_size
-        self._micro_steps = settings.gradient_accumulation(world_size)
-        self._stop = settings.stage.steps
-        self._pending: deque[tuple[GlobalBatch, PlanState]] = deque()  # handed out, not yet returned
+        settings.gradient_accumulation(world_size)
+        self._plan, self._rank = plan, rank
+        self._steps = self._planned_steps(world_size, settings.stage.steps, state)
+        self._ahead: deque[_PlannedStep] = deque()
+        self._read = PackReader(processor, settings.stage.objective, settings.stage.max_tokens)
         workers = settings.data.workers
-        ahead = math.ceil(settings.data.prefetch_steps * self._micro_steps / max(workers, 1))
-        self._packs: DataLoader[LoadedPack] = DataLoader(
-            PackDataset(processor, settings.stage.objective, settings.stage.max_tokens),
-            batch_size=None,
-            sampler=_Tasks(self, state or plan.start()),
-            num_workers=workers,
-            prefetch_factor=ahead if workers else None,
-            collate_fn=_as_it_is,
-            # Fork is not safe next to the threads of torch and NCCL.
-            multiprocessing_context="spawn" if workers else None,
-            generator=torch.Generator(),  # else the seeds of the readers would be drawn from the training's generator
-        )
-        self._iterator: Iterator[LoadedPack] | None = None
+        self._pool = ReaderPool(self._read, workers) if workers else None
+        self._depth = 1 + (settings.data.prefetch_steps if workers else 0)
 
     def __iter__(self) -> Loader:
         return self
@@ -156,26 +151,22 @@ class Loader:
         """The next step.
 
         Raises:
-            RuntimeError: a reader died.
+            RuntimeError: a reader process died.
             ValueError: a shard does not match its index.
         """
-        if self._iterator is None:
-            self._iterator = _start(self._packs)
-        try:
-            packs = [next(self._iterator) for _ in range(self._micro_steps)]
-        except RuntimeError as error:
-            if "DataLoader worker" in str(error) and "exited unexpectedly" in str(error):
-                raise RuntimeError(
-                    f"a reader process died ({error}); if memory ran out, lower data.workers or data.prefetch_steps"
-                ) from error
-            raise
-        batch, state = self._pending.popleft()
-        return StepData(batch.step, packs, self._name(batch.dropped), state)
+        while len(self._ahead) < self._depth and (step := next(self._steps, None)) is not None:
+            self._ahead.append(step)
+        if not self._ahead:
+            raise StopIteration
+        step = self._ahead.popleft()
+        packs = [future.result() for future in step.futures] or [self._read(tasks) for tasks in step.packs]
+        return StepData(step.step, packs, self._name(step.dropped), step.state_after)
 
     def close(self) -> None:
-        """Stop the readers and wait for them."""
-        self._iterator = None  # its finalizer joins them
-        self._pending.clear()
+        """End the readers."""
+        self._ahead.clear()
+        if self._pool is not None:
+            self._pool.close()
 
     def __enter__(self) -> Loader:
         return self
@@ -183,14 +174,13 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def tasks(self, state: PlanState) -> Iterator[tuple[ReadTask, ...]]:
-        """Packs of this rank in order; what they belong to is noted in ``_pending``."""
+    def _planned_steps(self, world_size: int, stop: int, state: PlanState | None) -> Iterator[_PlannedStep]:
         for batch, after in self._plan.batches(state):
-            if batch.step >= self._stop:
+            if batch.step >= stop:
                 return
-            self._pending.append((batch, after))
-            for micro_step in assign(batch, self._world_size):
-                yield self._read_tasks(micro_step[self._rank])
+            packs = [self._read_tasks(micro_step[self._rank]) for micro_step in assign(batch, world_size)]
+            futures = [self._pool.submit(tasks) for tasks in packs] if self._pool is not None else []
+            yield _PlannedStep(batch.step, packs, futures, batch.dropped, after)
 
     def _read_tasks(self, pack: Pack) -> tuple[ReadTask, ...]:
         tasks = []
@@ -203,32 +193,3 @@ class Loader:
         if self._rank:
             return []
         return [(self._plan.source(sample.source).ref(sample.row), sample.reason) for sample in dropped]
-
-
-class _Tasks:
-    """What a DataLoader calls a sampler: an iterable of keys for the dataset, walked in the main process."""
-
-    def __init__(self, loader: Loader, state: PlanState) -> None:
-        self._loader, self._state = loader, state
-
-    def __iter__(self) -> Iterator[tuple[ReadTask, ...]]:
-        return self._loader.tasks(self._state)
-
-
-def _start(packs: DataLoader[LoadedPack]) -> Iterator[LoadedPack]:
-    """Start the readers deaf to Ctrl-C, which reaches the whole process group: the trainer decides when they stop.
-
-    A blocked signal stays blocked in a started process from its first instruction on.
-    """
-    if packs.num_workers == 0:
-        return iter(packs)
-    resource_tracker.ensure_running()  # starting it later would unblock the signal again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return iter(packs)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _as_it_is(pack: Any) -> Any:
-    return pack

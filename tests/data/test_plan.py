@@ -1,0 +1,194 @@
+"""Promise: the plan is a function of (index, recipe, seed): the same on every rank, after a resume, at any size."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from itertools import islice, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keye_train.data.corpus import Corpus, Sizes, Source
+from keye_train.data.index import ShardHeader
+from keye_train.data.mixture import Shuffle
+from keye_train.data.packing import Budget
+from keye_train.data.plan import GlobalBatch, Plan, PlanState, assign
+from keye_train.settings import ResolutionSettings
+
+
+def toy_source(name: str, rows: int, seed: int, errors: dict[int, str] | None = None) -> Source:
+    """A source that exists as numbers only."""
+    rng = np.random.default_rng(seed)
+    vision = rng.integers(0, 50, rows) * rng.integers(0, 2, rows)
+    tokens = rng.integers(1, 40, rows) + vision
+    sizes = Sizes(tokens, tokens**2, vision * 4, (vision * 4) ** 2)
+    header = ShardHeader(f"{name}.tar", rows, 1, name, "")
+    return Source(name, (header,), np.array([0, rows]), sizes, errors or {})
+
+
+def toy_cost(sizes: Sizes) -> np.ndarray:
+    return sizes.tokens * 10.0 + sizes.tokens_squared + sizes.patches * 3.0 + sizes.patches_squared * 0.1
+
+
+def toy_plan(
+    seed: int = 0, window: int = 200, packs: int = 4, errors: dict[int, str] | None = None, **weights: float
+) -> Plan:
+    sources = {"a": toy_source("a", 150, 1, errors), "b": toy_source("b", 60, 2), "c": toy_source("c", 30, 3)}
+    corpus = Corpus(sources, ResolutionSettings())
+    return Plan(corpus, weights or {"a": 0.6, "b": 0.3, "c": 0.1}, Budget(128, 300), packs, window, seed, toy_cost)
+
+
+def rows_of(batch: GlobalBatch) -> list[tuple[int, int]]:
+    return sorted((sample.source, sample.row) for pack in batch.packs for sample in pack.samples)
+
+
+def test_same_seed_same_plan_other_seed_other_plan() -> None:
+    first = [batch for batch, _ in islice(toy_plan().batches(), 20)]
+    assert first == [batch for batch, _ in islice(toy_plan().batches(), 20)]
+    assert first != [batch for batch, _ in islice(toy_plan(seed=1).batches(), 20)]
+
+
+@given(st.integers(0, 1000), st.sampled_from([30, 77, 200, 400]), st.integers(1, 25))
+@settings(max_examples=25, deadline=None)
+def test_resume_equals_uninterrupted(seed: int, window: int, stop: int) -> None:
+    whole = list(islice(toy_plan(seed, window).batches(), 30))
+    kept = json.loads(json.dumps(whole[stop - 1][1].to_json()))  # as a checkpoint keeps it
+    rest = list(islice(toy_plan(seed, window).batches(PlanState.from_json(kept)), 30 - stop))
+    assert rest == whole[stop:]
+    assert [batch.step for batch, _ in rest] == list(range(stop, 30))
+
+
+@given(st.integers(0, 1000), st.sampled_from([20, 200, 350]), st.sampled_from([1, 4, 12]))
+@settings(max_examples=25, deadline=None)
+def test_every_draw_is_packed_once_or_dropped_with_a_reason_or_waits(seed: int, window: int, packs: int) -> None:
+    errors = {3: "broken", 77: "torn"}
+    plan = toy_plan(seed, window, packs, errors)
+    seen: Counter[tuple[int, int]] = Counter()
+    for batch, state in plan.batches():
+        seen.update(rows_of(batch))
+        seen.update((sample.source, sample.row) for sample in batch.dropped)
+        assert {sample.reason for sample in batch.dropped} <= {"broken", "torn"}
+        assert len(batch.packs) == packs
+        assert all(pack.tokens <= 128 and pack.patches <= 300 for pack in batch.packs)
+        if batch.step > 20 and state.batch == 0:  # between two windows
+            break
+    seen.update(state.carried)
+    expected: Counter[tuple[int, int]] = Counter()
+    for number, drawn in enumerate(state.drawn):
+        source = plan.source(number)
+        rows = Shuffle(len(source), seed, source.name).rows(np.arange(drawn))
+        expected.update((number, row) for row in rows.tolist())
+    assert seen == expected
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=15, deadline=None)
+def test_any_world_size_reads_the_same_samples_in_a_step(seed: int) -> None:
+    for batch, _ in islice(toy_plan(seed, packs=12).batches(), 5):
+        for world_size in (1, 2, 3, 4, 6, 12):
+            spread = assign(batch, world_size)
+            assert [len(micro_step) for micro_step in spread] == [world_size] * (12 // world_size)
+            packs = [pack for micro_step in spread for pack in micro_step]
+            assert sorted(packs, key=repr) == sorted(batch.packs, key=repr)
+
+
+def test_packs_that_run_together_cost_alike() -> None:
+    together, apart = [], []
+    for batch, _ in islice(toy_plan(packs=32, window=2000).batches(), 30):
+        costs = np.array([[pack.cost for pack in micro_step] for micro_step in assign(batch, 8)])
+        together.append((costs.max(axis=1) / costs.mean(axis=1)).mean())
+        plain = np.array([pack.cost for pack in batch.packs]).reshape(4, 8)
+        apart.append((plain.max(axis=1) / plain.mean(axis=1)).mean())
+    assert np.mean(together) - 1 < 0.5 * (np.mean(apart) - 1)
+
+
+def test_cheap_and_dear_micro_steps_come_in_any_order_on_any_rank() -> None:
+    dearest_step, dearest_rank = Counter(), Counter()
+    for batch, _ in islice(toy_plan(packs=16, window=1000).batches(), 60):
+        costs = np.array([[pack.cost for pack in micro_step] for micro_step in assign(batch, 4)])
+        step, rank = np.unravel_index(costs.argmax(), costs.shape)
+        dearest_step[int(step)] += 1
+        dearest_rank[int(rank)] += 1
+    assert len(dearest_step) == len(dearest_rank) == 4
+
+
+def test_the_mixture_of_what_is_read_follows_the_weights() -> None:
+    counts: Counter[int] = Counter()
+    for batch, _ in islice(toy_plan().batches(), 150):
+        counts.update(source for source, _ in rows_of(batch))
+    shares = [counts[number] / counts.total() for number in range(3)]
+    np.testing.assert_allclose(shares, [0.6, 0.3, 0.1], atol=0.01)
+
+
+def test_no_sample_waits_twice() -> None:
+    """Left-overs of a window are in the next one; otherwise an awkward sample could wait for ever."""
+    plan = toy_plan(window=150, packs=4)
+    shuffles = [Shuffle(len(plan.source(number)), 0, name) for number, name in enumerate(plan.sources)]
+    states = [state for _, state in islice(plan.batches(), 60)]
+    starts = [state for state in states if state.batch == 0]
+    assert len(starts) > 5
+    for before, after in pairwise(starts):
+        fresh = Counter(
+            (number, row)
+            for number in range(3)
+            for row in shuffles[number].rows(np.arange(before.drawn[number], after.drawn[number])).tolist()
+        )
+        assert not Counter(after.carried) - fresh
+
+
+def test_samples_over_the_budget_are_dropped_with_the_setting_to_change() -> None:
+    corpus = Corpus({"a": toy_source("a", 150, 1)}, ResolutionSettings())
+    plan = Plan(corpus, {"a": 1.0}, Budget(60, 100), 2, 150, 0, toy_cost)
+    batch, _ = next(plan.batches())
+    assert batch.dropped
+    for sample in batch.dropped:
+        tokens = int(corpus.sources["a"].sizes.tokens[sample.row])
+        patches = int(corpus.sources["a"].sizes.patches[sample.row])
+        assert tokens > 60 or patches > 100
+        assert (f"{tokens} tokens > stage.max_tokens=60" in sample.reason) == (tokens > 60)
+        assert (f"{patches} patches > stage.max_patches=100" in sample.reason) == (patches > 100)
+
+
+def test_a_state_of_another_plan_is_refused() -> None:
+    _, state = next(toy_plan().batches())
+    with pytest.raises(ValueError, match="belongs to another plan"):
+        next(toy_plan(seed=1).batches(state))
+
+
+def test_impossible_mixtures_are_refused_at_the_start() -> None:
+    with pytest.raises(ValueError, match="source 'x', which"):
+        toy_plan(x=1.0)
+    corpus = Corpus({"a": toy_source("a", 20, 1)}, ResolutionSettings())
+    with pytest.raises(ValueError, match=r"data\.sources\.a: none of its 20 samples can be used"):
+        Plan(corpus, {"a": 1.0}, Budget(1, 10), 2, 100, 0, toy_cost)
+    batch, _ = next(toy_plan(packs=6).batches())
+    with pytest.raises(ValueError, match="does not divide over 4 ranks"):
+        assign(batch, 4)
+
+
+def test_going_on_at_a_billion_samples_takes_no_longer_than_at_the_start() -> None:
+    plan = toy_plan(window=2000)
+    start = plan.start()
+    far = PlanState(plan.fingerprint, 10**7, 500_000, 0, (600_000_000, 300_000_000, 100_000_000), ())
+    seconds = []
+    for state in (start, far):
+        begin = time.process_time()
+        next(plan.batches(state))
+        seconds.append(time.process_time() - begin)
+    assert seconds[1] < 5 * seconds[0] + 0.5
+
+
+def test_the_fingerprint_follows_the_data_and_not_their_place(tmp_path: Path) -> None:
+    assert toy_plan().fingerprint == toy_plan().fingerprint
+    assert toy_plan().fingerprint != toy_plan(window=100).fingerprint
+    moved = toy_source("a", 20, 1)
+    here = Corpus({"a": moved}, ResolutionSettings()).fingerprint()
+    header = ShardHeader(str(tmp_path / "elsewhere.tar"), 20, 1, "a", "")
+    there = Source("a", (header,), moved.first_rows, moved.sizes, {})
+    assert Corpus({"a": there}, ResolutionSettings()).fingerprint() == here
+    assert Corpus({"a": moved}, ResolutionSettings(image_max_tokens=99)).fingerprint() != here
