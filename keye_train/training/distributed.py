@@ -6,8 +6,10 @@ one, so that no other code has a special case for it.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +23,9 @@ logger = logging.getLogger(__name__)
 # The first init of deepspeed.comm would compile a shared-memory extension (about a minute) that serves inference only.
 # DeepSpeed documents this table of compatible ops as editable.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+# DeepSpeed 0.19 calls collectives by names that torch 2.13 renamed; nothing that a user could do about it.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,15 @@ class World:
 def start(timeout_minutes: float) -> World:
     """Join the process group: nccl and the GPU of ``LOCAL_RANK`` where there is one, else gloo on the CPU.
 
+    The group lives as long as the process: DeepSpeed keeps references to it, so it cannot be replaced. A second run in
+    the same process uses the same group.
+
     Args:
         timeout_minutes: deadline of every collective.
     """
     if not dist.is_initialized():
         _init_process_group(timedelta(minutes=timeout_minutes))
+        atexit.register(dist.destroy_process_group)
     deepspeed.init_distributed(dist_backend=_backend(), auto_mpi_discovery=False, verbose=False)
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -91,12 +100,6 @@ def start(timeout_minutes: float) -> World:
     world = World(dist.get_rank(), dist.get_world_size(), local_rank, device, host_group)
     _limit_threads(world)
     return world
-
-
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _backend() -> str:

@@ -60,10 +60,7 @@ def train(settings: TrainSettings) -> int:
     manifest.check_same_recipe(run_dir, settings)
     with StopRequest() as stop_request:
         world = distributed.start(settings.deepspeed.timeout_minutes)
-        try:
-            return Trainer(settings, world, stop_request).run()
-        finally:
-            distributed.stop()
+        return Trainer(settings, world, stop_request).run()
 
 
 @dataclass(frozen=True)

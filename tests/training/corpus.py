@@ -1,4 +1,4 @@
-"""A small real corpus: shards of texts, pictures, picture pairs and clips, a tokenizer, and recipes that point there."""
+"""A small real corpus: shards of texts, pictures, picture pairs and clips, a tokenizer, and recipes that use it."""
 
 from __future__ import annotations
 

@@ -171,7 +171,6 @@ def main(out: Path) -> None:
             save_file(tensors | {f"frozen/{k}": v for k, v in frozen.items()}, out / f"{case}.safetensors")
     if world.is_main:
         (out / "figures.json").write_text(json.dumps(figures))
-    distributed.stop()
 
 
 if __name__ == "__main__":

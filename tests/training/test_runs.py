@@ -1,0 +1,177 @@
+"""Whole runs of ``keye-train`` on real shards: any launcher, any interruption, the same model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from corpus import ToyCorpus
+from safetensors.torch import load_file
+from torch import Tensor
+
+from keye_train import runs
+from keye_train.data.ledger import read_ledger
+from keye_train.settings import SettingsError
+from keye_train.training.trainer import train
+
+STAGE = "2_multitask"
+STEPS = 12
+LONG = (f"stage.steps={STEPS}", "deepspeed.zero_stage=3", "checkpoint.every_steps=5")
+PYTHON = [sys.executable, "-m"]
+DEEPSPEED = [str(ranks.BIN / "deepspeed"), "--num_gpus", "2", "--no_local_rank", "--module"]
+
+
+def weights(run_dir: Path) -> dict[str, Tensor]:
+    return load_file(run_dir / runs.EXPORT / "model.safetensors")
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in runs.read_jsonl(run_dir / runs.METRICS)]
+
+
+def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+@pytest.fixture(scope="module")
+def one_process(toy_corpus: ToyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run in one process, started without a launcher."""
+    run_dir = tmp_path_factory.mktemp("runs") / "one"
+    assert train(toy_corpus.settings(STAGE, run_dir, *LONG, "deepspeed.zero_stage=0")) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def two_processes(toy_corpus: ToyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted ZeRO-3 run on two ranks."""
+    run_dir = tmp_path_factory.mktemp("runs") / "two"
+    ranks.run(toy_corpus.command([*ranks.torchrun(2), "-m"], STAGE, run_dir, *LONG), timeout_s=120)
+    return run_dir
+
+
+def interrupt(command: list[str], run_dir: Path, after_step: int, number: signal.Signals, group: bool) -> int:
+    """Start a run, send it a signal once ``after_step`` is logged, and return its exit code."""
+    process = ranks.start(command)
+    deadline = time.monotonic() + 90
+    while len(runs.read_jsonl(run_dir / runs.METRICS)) < after_step and process.poll() is None:
+        assert time.monotonic() < deadline, "the run does not get to the step"
+        time.sleep(0.01)
+    (os.killpg if group else os.kill)(process.pid, number)
+    output, _ = process.communicate(timeout=90)
+    assert not (run_dir / runs.EXPORT).exists(), f"it ended before the signal came\n{output}"
+    return process.returncode
+
+
+class TestOneModelWhateverTheRanks:
+    """Text-only packs, pictures and clips mixed over two ZeRO-3 ranks give the losses of one process."""
+
+    def test_torchrun(self, one_process: Path, two_processes: Path) -> None:
+        assert losses(two_processes) == pytest.approx(losses(one_process), rel=1e-5)
+        assert losses(one_process)[-1] < losses(one_process)[0]
+
+    def test_deepspeed_launcher(self, toy_corpus: ToyCorpus, one_process: Path, tmp_path: Path) -> None:
+        run_dir = tmp_path / "run"
+        short = ("stage.steps=12", "deepspeed.zero_stage=3", "stage.activation_checkpointing=true")
+        ranks.run(toy_corpus.command(DEEPSPEED, STAGE, run_dir, *short), timeout_s=120)
+        assert losses(run_dir) == pytest.approx(losses(one_process), rel=1e-5)
+
+    def test_packs_hold_what_this_test_is_about(self, one_process: Path) -> None:
+        """Every source was trained on, also the broken picture's, and packs differ in what they hold."""
+        rows = runs.read_jsonl(one_process / runs.METRICS)
+        assert {source for row in rows for source in row["loss_by_source"]} == {"pairs", "images", "clips", "text"}
+        assert {"000000005"} == {row["key"] for row in read_ledger(one_process)}
+        assert sum(row["skipped"] for row in rows) == len(read_ledger(one_process))
+
+    def test_weights_agree_to_rounding(self, one_process: Path, two_processes: Path) -> None:
+        ours, reference = weights(two_processes), weights(one_process)
+        for name, expected in reference.items():
+            # Adam turns rounding of a gradient near zero into a step of up to its learning rate.
+            torch.testing.assert_close(ours[name], expected, rtol=0, atol=2e-3)
+
+
+class TestInterruptedEqualsUninterrupted:
+    """Bit for bit at the same world size; to rounding at another one."""
+
+    def test_sigint_in_one_process(self, toy_corpus: ToyCorpus, one_process: Path, tmp_path: Path) -> None:
+        run_dir = tmp_path / "run"
+        command = toy_corpus.command(PYTHON, STAGE, run_dir, *LONG, "deepspeed.zero_stage=0", "data.workers=1")
+        assert interrupt(command, run_dir, 3, signal.SIGINT, group=True) == 130  # readers get it too
+        done = len(losses(run_dir))
+        output = ranks.run(command, timeout_s=90)
+        assert f"step-{done}" in output  # it went on from there
+        assert losses(run_dir) == losses(one_process)
+        assert differing(weights(run_dir), weights(one_process)) == []
+        assert read_ledger(run_dir) == read_ledger(one_process)
+        assert "already finished" in ranks.run(command, timeout_s=90)
+
+    def test_sigterm_on_two_ranks_then_one(
+        self, toy_corpus: ToyCorpus, one_process: Path, two_processes: Path, tmp_path: Path
+    ) -> None:
+        run_dir = tmp_path / "run"
+        command = toy_corpus.command([*ranks.torchrun(2), "-m"], STAGE, run_dir, *LONG)
+        assert interrupt(command, run_dir, 3, signal.SIGTERM, group=False) != 0  # torchrun hands it on to the ranks
+        copy = tmp_path / "copy"
+        shutil.copytree(run_dir, copy)
+        ranks.run(command, timeout_s=120)
+        assert losses(run_dir) == losses(two_processes)
+        assert differing(weights(run_dir), weights(two_processes)) == []
+        assert train(toy_corpus.settings(STAGE, copy, *LONG, "deepspeed.zero_stage=1")) == 0
+        assert losses(copy) == pytest.approx(losses(one_process), rel=1e-5)
+        tokens = [[row["tokens"] for row in runs.read_jsonl(folder / runs.METRICS)] for folder in (copy, one_process)]
+        assert tokens[0] == tokens[1]
+
+    def test_torn_checkpoint_is_passed_over(
+        self, toy_corpus: ToyCorpus, one_process: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        run_dir = tmp_path / "run"
+        recipe = toy_corpus.settings(STAGE, run_dir, *LONG, "deepspeed.zero_stage=0")
+        assert train(recipe) == 0
+        _forget_the_end(run_dir)
+        newest = run_dir / runs.CHECKPOINTS / f"step-{STEPS}"
+        shard = next(newest.glob("*.safetensors"))
+        shard.write_bytes(shard.read_bytes()[:-100])
+        (run_dir / runs.CHECKPOINTS / ".step-99.tmp").mkdir()  # a save that was killed
+        assert train(recipe) == 0
+        assert f"step-{STEPS} is torn" in caplog.text
+        assert losses(run_dir) == losses(one_process)
+        assert differing(weights(run_dir), weights(one_process)) == []
+
+    def test_newest_checkpoints_are_kept(self, one_process: Path) -> None:
+        assert sorted(path.name for path in (one_process / runs.CHECKPOINTS).iterdir()) == ["step-10", f"step-{STEPS}"]
+
+
+def _forget_the_end(run_dir: Path) -> None:
+    """As if the process had died before its export was whole."""
+    manifest = runs.read_json(run_dir / runs.MANIFEST)
+    runs.write_json_atomic(run_dir / runs.MANIFEST, manifest | {"status": "running"})
+
+
+class TestRunFolder:
+    def test_another_recipe_is_refused_by_name(self, toy_corpus: ToyCorpus, one_process: Path) -> None:
+        other = toy_corpus.settings(STAGE, one_process, *LONG, "stage.optimizer.lr=1e-2", "seed=7")
+        with pytest.raises(SettingsError, match=r"seed: 0 there, 7 now; stage\.optimizer\.lr: 0\.001 there, 0\.01 now"):
+            train(other)
+
+    def test_logging_and_sharding_may_change(self, toy_corpus: ToyCorpus, one_process: Path) -> None:
+        changed = toy_corpus.settings(STAGE, one_process, *LONG, "logging.every_steps=3", "deepspeed.zero_stage=1")
+        assert train(changed) == 0
+
+    def test_manifest_tells_where_the_model_comes_from(self, one_process: Path) -> None:
+        manifest = runs.read_json(one_process / runs.MANIFEST)
+        assert manifest == runs.read_json(one_process / runs.EXPORT / runs.MANIFEST)
+        assert manifest["status"] == "finished"
+        assert manifest["steps"] == manifest["updates"] == STEPS
+        assert manifest["recipe"]["stage"]["name"] == STAGE
+        assert set(manifest) >= {"parent", "seed", "data_fingerprint", "versions", "commit", "wall_s", "recipe_sha256"}
+
+    def test_export_stands_alone(self, one_process: Path) -> None:
+        names = {path.name for path in (one_process / runs.EXPORT).iterdir()}
+        assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}

@@ -1,0 +1,128 @@
+"""From stage to stage: what is taken over, what trains, what stays as it is, and which parents are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from corpus import ToyCorpus
+from safetensors.torch import load_file
+from torch import Tensor
+
+from keye_train import compose, runs
+from keye_train.settings import TrainSettings
+from keye_train.training.build import trainable_parameter_counts
+from keye_train.training.trainer import train
+
+
+def weights(run_dir: Path) -> dict[str, Tensor]:
+    return load_file(run_dir / runs.EXPORT / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def stage0(toy_corpus: ToyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "stage0"
+    assert train(toy_corpus.settings("0_vision", run_dir, "stage.max_tokens=48", "logging.tensorboard=true")) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def stage1(toy_corpus: ToyCorpus, stage0: Path) -> Path:
+    run_dir = stage0.with_name("stage1")
+    assert train(toy_corpus.settings("1_align", run_dir, f"parent={stage0}")) == 0
+    return run_dir
+
+
+def test_stage_0_learns_and_logs_what_is_its_own(stage0: Path) -> None:
+    rows = runs.read_jsonl(stage0 / runs.METRICS)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[0]["pairs"] == 16  # 4 packs of 48 / 12 captions
+    assert all(0 <= row["retrieval_accuracy"] <= 1 and row["logit_scale"] > 9 for row in rows)
+    assert list((stage0 / "tensorboard").glob("events.*"))
+
+
+def test_stage_1_takes_the_tower_and_trains_the_projector_only(stage0: Path, stage1: Path) -> None:
+    before, after = weights(stage0), weights(stage1)
+    tower = [name for name in before if name.startswith("visual.")]
+    assert tower
+    assert [name for name in tower if not torch.equal(before[name], after[name])] == []
+    assert not any(name.startswith("text_model.") for name in after)
+    parent = runs.read_json(stage1 / runs.MANIFEST)["parent"]
+    assert parent["path"] == str(stage0)
+    assert parent["fingerprint"] == runs.read_json(stage0 / runs.MANIFEST)["export_fingerprint"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16_autocast", "fp32"])
+def test_frozen_tensors_are_the_parents_bit_for_bit(
+    toy_corpus: ToyCorpus, stage1: Path, tmp_path: Path, precision: str
+) -> None:
+    more = ("stage.trainable=[projector]", "stage.optimizer.module_lr.vision=null", "stage.steps=2")
+    sharding = ("deepspeed.zero_stage=3", f"deepspeed.precision={precision}")
+    recipe = toy_corpus.settings("2_multitask", tmp_path, f"parent={stage1}", *more, *sharding)
+    assert train(recipe) == 0
+    before, after = weights(stage1), weights(tmp_path)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith("mlp_AR.")}
+
+
+def test_a_run_is_the_same_for_the_same_seed_only(toy_corpus: ToyCorpus, tmp_path: Path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert train(toy_corpus.settings("1_align", tmp_path / name, "stage.steps=1", f"seed={seed}")) == 0
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
+
+
+class TestUnfitParents:
+    def test_another_shape_names_tensor_and_setting(self, toy_corpus: ToyCorpus, stage1: Path, tmp_path: Path) -> None:
+        recipe = toy_corpus.settings("2_multitask", tmp_path, f"parent={stage1}", "model.language.intermediate_size=64")
+        with pytest.raises(ValueError, match=r"mlp\.\w+_proj\.weight has the shape .* check model\.language\.interm"):
+            train(recipe)
+
+    def test_same_shapes_other_meaning(self, toy_corpus: ToyCorpus, stage1: Path, tmp_path: Path) -> None:
+        recipe = toy_corpus.settings("2_multitask", tmp_path, f"parent={stage1}", "model.language.rope_theta=5000")
+        with pytest.raises(ValueError, match=r"rope_theta=10000\.0 in config\.json, this recipe 5000"):
+            train(recipe)
+
+    def test_another_tokenizer(self, toy_corpus: ToyCorpus, stage1: Path, tmp_path: Path) -> None:
+        foreign = tmp_path / "foreign"
+        shutil.copytree(stage1 / runs.EXPORT, foreign)
+        tokenizer = json.loads((foreign / "tokenizer.json").read_text())
+        (foreign / "tokenizer.json").write_text(json.dumps(tokenizer | {"truncation": None, "version": "1.1"}))
+        recipe = toy_corpus.settings("2_multitask", tmp_path / "run", f"parent={foreign}")
+        with pytest.raises(ValueError, match=r"another tokenizer\.json"):
+            train(recipe)
+
+    def test_none_there(self, toy_corpus: ToyCorpus, tmp_path: Path) -> None:
+        recipe = toy_corpus.settings("1_align", tmp_path / "run", f"parent={tmp_path / 'nowhere'}")
+        with pytest.raises(FileNotFoundError, match="holds no export"):
+            train(recipe)
+
+    def test_a_parent_that_changed_under_a_run(self, toy_corpus: ToyCorpus, stage1: Path, tmp_path: Path) -> None:
+        parent, run_dir = tmp_path / "parent", tmp_path / "run"
+        shutil.copytree(stage1 / runs.EXPORT, parent)
+        recipe = toy_corpus.settings("2_multitask", run_dir, f"parent={parent}", "stage.steps=2")
+        assert train(recipe) == 0
+        shutil.copyfile(stage1.with_name("stage1") / runs.EXPORT / "config.json", parent / "config.json")
+        config = json.loads((parent / "config.json").read_text())
+        (parent / "config.json").write_text(json.dumps(config | {"changed": True}))
+        with pytest.raises(ValueError, match="has changed since the run"):
+            train(recipe)
+
+
+@pytest.mark.parametrize(
+    ("stage", "trainable"),
+    [
+        ("1_align", {"projector": 40_119_040}),
+        ("2_multitask", {"vision": 412_987_248, "projector": 40_119_040, "language": 8_190_735_360}),
+    ],
+)
+def test_stages_of_the_8b_model_train_the_right_parameters(stage: str, trainable: dict[str, int]) -> None:
+    names = ["model.tokenizer=t", "model.start.siglip=s", "model.start.qwen3=q", f"stage={stage}"]
+    recipe = compose.load_settings(TrainSettings, "train", [*names, "model=keye_8b", "data=keye_example"])
+    counts = trainable_parameter_counts(recipe, meta=True)
+    assert counts["trainable"] == trainable
+    assert sum(sum(modules.values()) for modules in counts.values()) == 8_696_828_736
