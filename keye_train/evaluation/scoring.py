@@ -206,7 +206,8 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
         shrink = 1 + _Z95**2 / n
         centre = (mean + _Z95**2 / (2 * n)) / shrink
         half = _Z95 * math.sqrt(mean * (1 - mean) / n + _Z95**2 / (4 * n * n)) / shrink
-        return max(0.0, centre - half), min(1.0, centre + half)
+        # Rounding must not put the ends on the wrong side of 0 or 1.
+        return (0.0 if mean == 0 else centre - half), (1.0 if mean == 1 else centre + half)
     draws = np.random.default_rng(0).choice(values, size=(_BOOTSTRAP_DRAWS, n)).mean(axis=1)
     low, high = np.quantile(draws, (0.025, 0.975))
     return float(low), float(high)

@@ -151,7 +151,8 @@ def _write_weights(
     """
     n_bytes = sum(place.n_bytes for reader in readers for place in reader.places.values())
     outputs: dict[str, str] = {}
-    with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="merge", disable=not progress) as bar:
+    quiet = None if progress else True  # None: no bar where stderr is no terminal
+    with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="merge", disable=quiet) as bar:
         for file, tensors in shards.items():
             with ShardWriter(folder / file, tensors) as writer:
                 for tensor in tensors:

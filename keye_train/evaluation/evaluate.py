@@ -1,0 +1,246 @@
+"""``keye-eval``: several models, one set of held-out samples, one table.
+
+A model's results are kept under ``OUT/cache``, named by the fingerprints of model, data and settings, so that a
+second call computes only what is new. ``OUT/results.json`` is made anew each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from tqdm import tqdm
+
+from keye_train.data.formats import parse_sample
+from keye_train.data.sample import Sample, SampleError
+from keye_train.evaluation.exports import Export, compute_dtype, device
+from keye_train.evaluation.generate import generate_batch
+from keye_train.evaluation.heldout import Heldout, Question, fingerprint, read_drawn, read_tasks
+from keye_train.evaluation.loss import heldout_loss
+from keye_train.evaluation.results import results_table, summarise, task_result
+from keye_train.evaluation.retrieval import embed_pairs, retrieval_scores
+from keye_train.evaluation.scoring import CORRECT_FROM, score
+from keye_train.model.pretrained import load_dual_encoder, load_export
+from keye_train.model.processing import EncodedPair, EncodedSample, KeyeProcessor
+from keye_train.runs import commit, read_json, versions, write_json_atomic
+from keye_train.settings import EvaluationSettings
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "results.json"
+CACHE = "cache"
+PLAIN_WIDTH = 160  # columns of the table where the output is no terminal
+CACHE_VERSION = 1
+"""Goes up whenever the same model and data would give another result."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A question as tensors."""
+
+    question: Question
+    prompt: EncodedSample
+    whole: EncodedSample  # with the answer, for the loss
+
+
+@dataclass
+class Heldouts:
+    """Everything that is asked."""
+
+    tasks: dict[str, Heldout]
+    pairs: list[Sample]
+    fingerprint: str
+
+
+def evaluate(settings: EvaluationSettings, progress: bool = True) -> Path:
+    """Score every model of ``settings.models``, write ``OUT/results.json`` and print the table.
+
+    Language models answer the tasks of ``data.heldout``; exports of Stage 0 match the pairs of ``data.heldout_pairs``.
+
+    Returns:
+        Path of results.json.
+
+    Raises:
+        SettingsError: impossible settings, or data that cannot be read.
+        FileNotFoundError: a model is not there.
+    """
+    settings.check()
+    out = Path(settings.out)
+    exports = [Export.open(name, path) for name, path in settings.named_models().items()]
+    asked = _read_heldouts(settings)
+    evaluator = _Evaluator(settings, asked, progress)
+    finished: list[dict[str, Any]] = []
+    began, computed = time.monotonic(), 0
+    for number, export in enumerate(exports, 1):
+        identity = export.fingerprint()
+        cached = out / CACHE / f"{_cache_key(settings, asked, identity)}.json"
+        if cached.exists():
+            logger.info("%s: kept from an earlier evaluation", export.name)
+            result = read_json(cached)
+        else:
+            result = evaluator.run(export)
+            write_json_atomic(cached, result)
+            computed += 1
+            left_s = (time.monotonic() - began) / computed * (len(exports) - number)
+            logger.info("%s: done, %d of %d, at most %.0f s left", export.name, number, len(exports), left_s)
+        result["tasks"] = {task: result["tasks"][task] for task in asked.tasks if task in result["tasks"]}
+        finished.append(result | {"name": export.name, "path": str(export.folder), "fingerprint": identity})
+    results = {
+        "data": settings.data.name,
+        "data_fingerprint": asked.fingerprint,
+        "settings": _asked_settings(settings),
+        "tasks": summarise(finished),
+        "models": finished,
+        "versions": versions(),
+        "commit": commit(),
+    }
+    write_json_atomic(out / RESULTS, results)
+    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(results_table(results))
+    return out / RESULTS
+
+
+def _read_heldouts(settings: EvaluationSettings) -> Heldouts:
+    tasks = read_tasks(settings.data, settings.samples_per_task, settings.seed)
+    pairs = []
+    if settings.data.heldout_pairs is not None:
+        for ref, members, error in read_drawn(
+            settings.data.heldout_pairs, settings.samples_per_task, settings.seed, name="pairs"
+        ):
+            try:
+                if error is not None:
+                    raise SampleError(error)
+                pairs.append(parse_sample(ref, members))
+            except SampleError as problem:
+                logger.warning("pairs: %s of %s is left out: %s", ref.key, ref.shard, problem)
+    samples = [question.sample for heldout in tasks.values() for question in heldout.questions]
+    return Heldouts(tasks, pairs, fingerprint([*samples, *pairs]))
+
+
+def _asked_settings(settings: EvaluationSettings) -> dict[str, Any]:
+    """The settings that decide the numbers."""
+    return {
+        "samples_per_task": settings.samples_per_task,
+        "batch_size": settings.batch_size,
+        "max_new_tokens": settings.max_new_tokens,
+        "seed": settings.seed,
+        "resolution": asdict(settings.data.resolution),
+    }
+
+
+def _cache_key(settings: EvaluationSettings, asked: Heldouts, model: str) -> str:
+    parts = [CACHE_VERSION, model, asked.fingerprint, list(asked.tasks), _asked_settings(settings)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class _Evaluator:
+    """Runs one model after the other; samples are encoded once for all models that share a tokenizer."""
+
+    def __init__(self, settings: EvaluationSettings, asked: Heldouts, progress: bool) -> None:
+        self._settings = settings
+        self._asked = asked
+        self._quiet = None if progress else True  # None: no bar where stderr is no terminal
+        self._encoding_key = ""
+        self._encoded: dict[str, list[Encoded]] = {}
+        self._skipped: dict[str, list[dict[str, str]]] = {}
+
+    def run(self, export: Export) -> dict[str, Any]:
+        """All results of one model."""
+        began = time.monotonic()
+        processor = export.processor(self._settings.data.resolution)
+        result = self._retrieval(export, processor) if export.is_dual_encoder else self._answers(export, processor)
+        return result | {"seconds": round(time.monotonic() - began, 2)}
+
+    def _answers(self, export: Export, processor: KeyeProcessor) -> dict[str, Any]:
+        if export.encoding_key() != self._encoding_key:
+            self._encode(processor)
+            self._encoding_key = export.encoding_key()
+        model = load_export(export.folder, compute_dtype())
+        model.to(device())  # type: ignore[arg-type]
+        ids = processor.model.special_tokens
+        stops = [ids.eos, ids.bos]
+        tasks: dict[str, Any] = {}
+        samples: list[dict[str, Any]] = []
+        total = sum(len(encoded) for encoded in self._encoded.values())
+        with tqdm(total=total, desc=f"evaluate {export.name}", unit="sample", disable=self._quiet) as bar:
+            for task, encoded in self._encoded.items():
+                answers: list[str] = [""] * len(encoded)
+                # Batches of prompts of about one length waste little on padding.
+                order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt.input_ids))
+                for start in range(0, len(order), self._settings.batch_size):
+                    chosen = order[start : start + self._settings.batch_size]
+                    prompts = [encoded[i].prompt for i in chosen]
+                    new = generate_batch(model, prompts, self._settings.max_new_tokens, stops)
+                    for i, tokens in zip(chosen, new, strict=True):
+                        answers[i] = str(processor.tokenizer.decode(tokens, skip_special_tokens=False)).strip()
+                    bar.update(len(chosen))
+                loss = heldout_loss(model, [one.whole for one in encoded], export.settings())
+                records = [_record(task, one.question, text) for one, text in zip(encoded, answers, strict=True)]
+                tasks[task] = task_result([one.question.target for one in encoded], [r["score"] for r in records], loss)
+                tasks[task]["skipped"] = self._skipped[task]
+                samples += records
+        return {"kind": "keye", "tasks": tasks, "samples": samples, "retrieval": None}
+
+    def _encode(self, processor: KeyeProcessor) -> None:
+        self._encoded, self._skipped = {}, {}
+        for task, heldout in self._asked.tasks.items():
+            self._encoded[task], self._skipped[task] = [], list(heldout.skipped)
+            for question in tqdm(heldout.questions, desc=f"read {task}", disable=self._quiet, leave=False):
+                sample = question.sample
+                try:
+                    encoded = Encoded(question, processor.encode_prompt(sample), processor.encode(sample))
+                    self._encoded[task].append(encoded)
+                except SampleError as error:
+                    logger.warning("%s: %s of %s is left out: %s", task, sample.ref.key, sample.ref.shard, error)
+                    reason = {"shard": sample.ref.shard, "key": sample.ref.key, "reason": str(error)}
+                    self._skipped[task].append(reason)
+
+    def _retrieval(self, export: Export, processor: KeyeProcessor) -> dict[str, Any]:
+        pairs = _encode_pairs(processor, self._asked.pairs)
+        retrieval = None
+        if pairs:
+            model = load_dual_encoder(export.folder, compute_dtype()).to(device())
+            images, texts = embed_pairs(model, pairs, export.settings(), device())
+            retrieval = retrieval_scores(images, texts, [tuple(pair.text_ids.tolist()) for pair in pairs])
+        return {"kind": "dual_encoder", "tasks": {}, "samples": [], "retrieval": retrieval}
+
+
+def _encode_pairs(processor: KeyeProcessor, samples: Sequence[Sample]) -> list[EncodedPair]:
+    pairs = []
+    for sample in samples:
+        try:
+            pairs.append(processor.encode_pair(sample))
+        except SampleError as error:
+            logger.warning("pairs: %s of %s is left out: %s", sample.ref.key, sample.ref.shard, error)
+    return pairs
+
+
+def _record(task: str, question: Question, generated: str) -> dict[str, Any]:
+    """One answer, as the gallery of the report shows it."""
+    value = score(question.target, generated)
+    return {
+        "task": task,
+        "key": question.sample.ref.key,
+        "shard": question.sample.ref.shard,
+        "metric": question.target.metric.value,
+        "question": question_text(question.sample),
+        "expected": question.target.answer,
+        "generated": generated,
+        "score": value,
+        "correct": value >= CORRECT_FROM,
+    }
+
+
+def question_text(sample: Sample) -> str:
+    """Text of the last user turn; images and videos stand as ``[image]`` and ``[video]``."""
+    content = next((m["content"] for m in reversed(sample.messages) if m["role"] == "user"), "")
+    if isinstance(content, str):
+        return content.strip()
+    return " ".join(part["text"].strip() if part["type"] == "text" else f"[{part['type']}]" for part in content)

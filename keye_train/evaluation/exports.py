@@ -1,0 +1,97 @@
+"""Exports as the evaluation needs them: which kind of model, its processor, and a fingerprint of all it consists of."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keye_train.data.index import file_sha256
+from keye_train.model.processing import KeyeProcessor
+from keye_train.runs import export_dir, read_json
+from keye_train.settings import (
+    LanguageModelSettings,
+    ModelSettings,
+    ResolutionSettings,
+    SpecialTokenSettings,
+    TextTowerSettings,
+)
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model on disk."""
+
+    name: str  # in the table
+    folder: Path
+    config: dict[str, Any]
+
+    @classmethod
+    def open(cls, name: str, path: str) -> Export:
+        """The export that ``path``, a run folder or an export, stands for.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        folder = export_dir(path)
+        return cls(name, folder, read_json(folder / "config.json"))
+
+    @property
+    def is_dual_encoder(self) -> bool:
+        """An export of Stage 0: two towers, no language model."""
+        return self.config.get("architectures") == ["DualEncoder"]
+
+    def settings(self) -> ModelSettings:
+        """The settings that processor and collation read: tokenizer, special tokens, vocabularies, caption length."""
+        config = self.config
+        text = config.get("text_tower") or {"vocab_size": config["vocab_size"]}
+        return ModelSettings(
+            name=self.name,
+            tokenizer=str(self.folder),
+            language=LanguageModelSettings(vocab_size=config["vocab_size"]),
+            special_tokens=SpecialTokenSettings(
+                bos=config["bos_token_id"],
+                eos=config["eos_token_id"],
+                pad=config["bos_token_id"],  # Keye pads with <|endoftext|>, which is its bos token as well
+                vision_start=config["vision_start_token_id"],
+                vision_end=config["vision_end_token_id"],
+                vision_pad=config["vision_token_id"],
+                image_pad=config["image_token_id"],
+                video_pad=config["video_token_id"],
+            ),
+            text_tower=TextTowerSettings(**text),
+        )
+
+    def processor(self, resolution: ResolutionSettings) -> KeyeProcessor:
+        """The processor with the export's own tokenizer.
+
+        Raises:
+            SettingsError: no tokenizer in the export, or one that disagrees with its config.json.
+        """
+        return KeyeProcessor.from_settings(self.settings(), resolution)
+
+    def encoding_key(self) -> str:
+        """Equal for exports that turn the same sample into the same tensors."""
+        settings = self.settings()
+        return repr((file_sha256(self.folder / "tokenizer.json"), settings.special_tokens, settings.text_tower))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over weights, configuration and tokenizer. Reads the whole export."""
+        files = [self.folder / "config.json", self.folder / "tokenizer.json", *self.folder.glob("*.safetensors")]
+        digest = hashlib.sha256()
+        for file in sorted(files):
+            digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
+        return digest.hexdigest()
+
+
+def device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype() -> torch.dtype | None:
+    """float32 on the CPU, where bfloat16 is slower and less exact; elsewhere that of the export (None)."""
+    return torch.float32 if device().type == "cpu" else None

@@ -1,0 +1,44 @@
+"""Held-out loss: mean cross entropy of the answers' tokens, as in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from keye_train.data.collate import collate_samples
+from keye_train.model.keye import KeyeForConditionalGeneration
+from keye_train.model.processing import EncodedSample
+from keye_train.settings import ModelSettings
+
+PACK_TOKENS = 8192
+PACK_PATCHES = 16384
+"""Budgets of a pack; a larger sample gets a pack of its own."""
+
+
+@torch.inference_mode()
+def heldout_loss(
+    model: KeyeForConditionalGeneration, samples: Sequence[EncodedSample], settings: ModelSettings
+) -> tuple[float, int]:
+    """Sum of the losses of all labelled tokens of ``samples``, and the number of these tokens."""
+    total, tokens = 0.0, 0
+    for members in packs(samples):
+        losses = model.forward_packed(collate_samples(members, settings).to(model.device))
+        total += float(losses.double().sum())
+        tokens += len(losses)
+    return total, tokens
+
+
+def packs(samples: Sequence[EncodedSample]) -> Iterator[list[EncodedSample]]:
+    """Neighbouring samples that share a pack, within both budgets."""
+    pack: list[EncodedSample] = []
+    tokens = patches = 0
+    for sample in samples:
+        own_tokens, own_patches = len(sample.input_ids), len(sample.pixel_patches)
+        if pack and (tokens + own_tokens > PACK_TOKENS or patches + own_patches > PACK_PATCHES):
+            yield pack
+            pack, tokens, patches = [], 0, 0
+        pack.append(sample)
+        tokens, patches = tokens + own_tokens, patches + own_patches
+    if pack:
+        yield pack
