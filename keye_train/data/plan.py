@@ -238,21 +238,19 @@ class Plan:
         sources = np.concatenate([carried[:, 0], source_numbers[fit]])
         rows = np.concatenate([carried[:, 1], rows[fit]])
         sizes = self._sizes(sources, rows)
-        packing = pack_samples(sizes.tokens, sizes.patches, self.budget)
-        is_carried = (np.arange(len(rows)) < len(carried)).astype(np.int64)
-        kept, left = self._choose(packing, sizes, is_carried)
-        order = shuffled(len(kept), _seed(self.seed, "window", state.window))
-        left_over = np.sort(np.concatenate([packing.members(pack) for pack in left.tolist()] or [left]))
+        packs = self.budget.packs(sizes.tokens, sizes.patches, multiple=self.global_batch_packs)
+        packing = pack_samples(sizes.tokens, sizes.patches, self.budget, packs, first=len(carried))
+        order = shuffled(packs, _seed(self.seed, "window", state.window))
         return _Window(
             sources=sources,
             rows=rows,
             sizes=sizes,
             packing=packing,
             costs=self.cost(sizes.map(packing.sums)),
-            batches=kept[order].reshape(-1, self.global_batch_packs),
+            batches=order.reshape(-1, self.global_batch_packs),
             dropped=dropped,
             drawn=drawn,
-            carried=tuple(zip(sources[left_over].tolist(), rows[left_over].tolist(), strict=True)),
+            carried=tuple(zip(sources[packing.left].tolist(), rows[packing.left].tolist(), strict=True)),
         )
 
     def _sort_out(self, sources: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, tuple[Dropped, ...]]:
@@ -270,19 +268,6 @@ class Plan:
         fit[list(reasons)] = False
         dropped = (Dropped(int(sources[place]), int(rows[place]), reasons[place]) for place in sorted(reasons))
         return np.flatnonzero(fit), tuple(dropped)
-
-    def _choose(self, packing: Packing, sizes: Sizes, is_carried: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Packs that make whole global batches, and those whose samples wait for the next window.
-
-        The worst filled wait, but first those without samples that have waited before, so that none waits for ever.
-        """
-        fill = np.maximum(
-            packing.sums(sizes.tokens) / self.budget.max_tokens, packing.sums(sizes.patches) / self.budget.max_patches
-        )
-        waited = packing.sums(is_carried) > 0
-        order = np.lexsort((np.arange(len(packing)), -fill, ~waited))
-        whole = len(packing) // self.global_batch_packs * self.global_batch_packs
-        return np.sort(order[:whole]), np.sort(order[whole:])
 
     def _sizes(self, sources: np.ndarray, rows: np.ndarray) -> Sizes:
         """Sizes of samples of several sources."""
