@@ -1,0 +1,224 @@
+"""Promise: what ``keye-data`` writes can be trained on, what it says is true, and its errors name the fix."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from toy_shards import mixed_samples, picture, toy_resolution
+
+from data_tools.check import check_shard
+from data_tools.cli import main
+from data_tools.stats import histogram, summarise
+from keye_train.data.corpus import Corpus
+from keye_train.data.formats import parse_sample
+from keye_train.data.index import index_path, open_header, read_columns
+from keye_train.data.reader import walk_shard
+from keye_train.data.sample import Sample, SampleRef
+from keye_train.settings import SourceSettings
+
+MakeShard = Callable[..., Path]
+
+
+def keye_data(*arguments: object) -> int | str | None:
+    """Exit status of the command; a string is an error message."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    return caught.value.code
+
+
+def read_samples(shard: Path) -> list[Sample]:
+    return [parse_sample(SampleRef("", str(shard), raw.key), raw.members) for raw in walk_shard(shard)]
+
+
+# --------------------------------------------------------------------------------------------------------- index
+
+
+def test_index_makes_shards_ready_and_skips_those_that_are(
+    tmp_path: Path, make_shard: MakeShard, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(3):
+        make_shard(tmp_path / f"{number}.tar", mixed_samples(4, number), index=False)
+    pattern = tmp_path / "*.tar"
+    assert keye_data("index", pattern, "--tokenizer", tokenizer_dir, "--workers", 1) == 0
+    assert "indexed 3 shards with 12 samples; 0 were up to date" in capsys.readouterr().out
+    assert len(Corpus.open({"a": SourceSettings([str(pattern)])}, tokenizer_dir, toy_resolution()).sources["a"]) == 12
+    index_path(tmp_path / "1.tar").unlink()
+    make_shard(tmp_path / "2.tar", mixed_samples(6, 2), index=False)
+    assert keye_data("index", pattern, "--tokenizer", tokenizer_dir, "--workers", 1) == 0
+    assert "indexed 2 shards with 10 samples; 1 were up to date" in capsys.readouterr().out
+
+
+def test_processes_write_the_same_indexes(tmp_path: Path, make_shard: MakeShard, tokenizer_dir: Path) -> None:
+    shards = [make_shard(tmp_path / f"{number}.tar", mixed_samples(4, number)) for number in range(2)]
+    written = [index_path(shard).read_bytes() for shard in shards]
+    assert keye_data("index", *shards, "--force", "--tokenizer", tokenizer_dir, "--workers", 2) == 0
+    assert [index_path(shard).read_bytes() for shard in shards] == written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("index", "none-*.tar", "--tokenizer", "."), "no shard matches none-*.tar"),
+        (("index", "setup.cfg", "--tokenizer", "."), "has no tokenizer.json"),
+        (("stats", "none.tar"), "the shard none.tar does not exist"),
+        (("ingest", "none.parquet", "--out", "o", "--tokenizer", "."), "has no tokenizer.json"),
+    ],
+)
+def test_mistakes_get_one_line_and_no_traceback(
+    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert message in str(keye_data(*arguments))
+
+
+@pytest.mark.parametrize("command", ["index", "check", "stats", "ingest", "demo"])
+def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert keye_data(command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert "usage: keye-data" in shown
+    if command != "demo":
+        assert f"keye-data {command} " in shown.partition("examples:")[2]
+
+
+# --------------------------------------------------------------------------------------------------------- check
+
+
+def test_check_passes_good_shards_and_names_bad_samples(
+    tmp_path: Path, make_shard: MakeShard, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = make_shard(tmp_path / "good.tar", mixed_samples(8))
+    assert keye_data("check", good, "--decode") == 0
+    samples = mixed_samples(8)
+    samples[2] = {"json": b"{"}
+    samples[5] = {"jpg": picture(80, 60)[:-1500], "txt": b"cut off behind its header"}
+    bad = make_shard(tmp_path / "bad.tar", samples)
+    assert [problem.key for problem in check_shard(str(bad))] == ["000000002"]
+    assert [problem.key for problem in check_shard(str(bad), decode=True)] == ["000000002", "000000005"]
+    capsys.readouterr()
+    assert keye_data("check", bad) == 1
+    assert "1 problems" in capsys.readouterr().out
+
+
+def test_check_finds_a_changed_byte(tmp_path: Path, make_shard: MakeShard) -> None:
+    shard = make_shard(tmp_path / "a.tar", [{"txt": b"hello"}])
+    shard.write_bytes(shard.read_bytes().replace(b"hello", b"jello"))
+    assert [problem.reason for problem in check_shard(str(shard))] == [
+        "the checksum differs from the index: the shard was changed or damaged after it was indexed"
+    ]
+    index_path(shard).unlink()
+    assert [problem.reason for problem in check_shard(str(shard))] == ["no index: run keye-data index"]
+
+
+# --------------------------------------------------------------------------------------------------------- stats
+
+
+def test_stats_count_what_the_plan_counts(
+    toy_sources: dict[str, SourceSettings], tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Corpus.open(toy_sources, tokenizer_dir, toy_resolution()).sources["a"]
+    summary = summarise(list(source.shards), toy_resolution())
+    np.testing.assert_array_equal(summary.sizes.tokens, source.sizes.tokens)
+    np.testing.assert_array_equal(summary.sizes.patches, source.sizes.patches)
+    assert summary.usable == len(source)
+    settings = [f"--set={name}={value}" for name, value in vars(toy_resolution()).items()]
+    assert keye_data("stats", *source.shards, *settings) == 0
+    shown = capsys.readouterr().out
+    assert "2 shards, 48 samples, 48 of them usable" in shown
+    total = next(line for line in shown.splitlines() if line.startswith("all ")).split()
+    assert total[1:4] == ["48", "100.0%", str(source.sizes.tokens.sum())]
+    assert total[-1] == str(source.sizes.patches.sum())
+    assert "NAME=VALUE" in str(keye_data("stats", *source.shards, "--set", "nothing=3"))
+
+
+def test_the_histogram_counts_every_sample_in_its_bar() -> None:
+    lines = histogram(np.array([1, 2, 3, 4, 7, 8, 1000]))
+    assert [line.split()[:4] for line in lines[:4]] == [
+        ["1", "-", "1", "1"],
+        ["2", "-", "3", "2"],
+        ["4", "-", "7", "2"],
+        ["8", "-", "15", "1"],
+    ]
+    assert lines[-1].split()[:4] == ["512", "-", "1023", "1"]
+
+
+# -------------------------------------------------------------------------------------------------------- ingest
+
+
+def test_ingest_captions_of_a_saved_dataset(tmp_path: Path, tokenizer_dir: Path) -> None:
+    pictures = [picture(40, 30, number, kind) for number, kind in enumerate(("JPEG", "PNG", "WEBP"))]
+    table = datasets.Dataset.from_dict(
+        {
+            "picture": [{"bytes": data, "path": None} for data in pictures],
+            "caption": ["one", "zwei", "三"],
+            "answer": [1, 2, None],
+        }
+    ).cast_column("picture", datasets.Image())
+    table.save_to_disk(tmp_path / "table")
+    out = tmp_path / "out"
+    status = keye_data(
+        *("ingest", tmp_path / "table", "--out", out, "--tokenizer", tokenizer_dir, "--image-column", "picture"),
+        *("--text-column", "caption", "--task", "seen", "--shard-samples", 2, "--name", "part"),
+    )
+    assert status == 0
+    shards = sorted(out.glob("*.tar"))
+    assert [shard.name for shard in shards] == ["part-00000.tar", "part-00001.tar"]
+    samples = [sample for shard in shards for sample in read_samples(shard)]
+    assert [list(sample.media.items()) for sample in samples] == [
+        [("0.jpg", pictures[0])],
+        [("0.png", pictures[1])],
+        [("0.webp", pictures[2])],
+    ]
+    assert [sample.messages[1]["content"] for sample in samples] == ["one", "zwei", "三"]
+    assert [sample.meta for sample in samples] == [{"answer": 1}, {"answer": 2}, {}]
+    assert {sample.task for sample in samples} == {"seen"}
+    assert sum(open_header(str(shard), tokenizer_dir).rows for shard in shards) == 3
+
+
+def test_ingest_conversations_with_several_images_by_path(tmp_path: Path, tokenizer_dir: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.jpg").write_bytes(picture(30, 30, number))
+    question = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
+    rows = [
+        {
+            "image": ["0.jpg", "1.jpg"],
+            "talk": json.dumps([{"role": "user", "content": question}, {"role": "assistant", "content": "two"}]),
+        }
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ("--out", tmp_path / "out", "--tokenizer", tokenizer_dir)
+    assert keye_data("ingest", tmp_path / "rows.jsonl", *common, "--messages-column", "talk") == 0
+    shard = tmp_path / "out/shard-00000.tar"
+    (sample,) = read_samples(shard)
+    assert sample.messages[0]["content"] == [
+        {"type": "image", "image": "0.jpg"},
+        {"type": "text", "text": "and"},
+        {"type": "image", "image": "1.jpg"},
+    ]
+    assert sample.task == "chat"
+    assert read_columns(str(shard), ["error"])["error"].to_pylist() == [None]
+
+
+def test_ingest_pure_text_of_parquet(tmp_path: Path, tokenizer_dir: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["hello", "world"]}).to_parquet(str(tmp_path / "a.parquet"))
+    common = ("--out", tmp_path / "out", "--tokenizer", tokenizer_dir)
+    assert keye_data("ingest", tmp_path / "a.parquet", *common, "--text-column", "text") == 0
+    samples = read_samples(tmp_path / "out/shard-00000.tar")
+    assert [sample.messages for sample in samples] == [
+        [{"role": "assistant", "content": text}] for text in ("hello", "world")
+    ]
+    assert "no column 'caption'" in str(
+        keye_data("ingest", tmp_path / "a.parquet", *common, "--text-column", "caption")
+    )
+    assert "give --text-column or --messages-column" in str(keye_data("ingest", tmp_path / "a.parquet", *common))
+
+
+def test_ingest_names_the_row_that_is_wrong(tmp_path: Path, tokenizer_dir: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "fine", "image": null}\n{"text": "no file", "image": "gone.jpg"}\n')
+    common = ("--out", tmp_path / "out", "--tokenizer", tokenizer_dir)
+    assert "row 1: " in str(keye_data("ingest", tmp_path / "rows.jsonl", *common, "--text-column", "text"))
+    assert not list((tmp_path / "out").glob("*"))
