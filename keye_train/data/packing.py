@@ -1,7 +1,7 @@
 """Samples into packs under two budgets: language tokens and vision patches.
 
-The number of packs comes first: as many as the window fills. Then the large samples are dealt out, each to the pack that
-is emptiest, so that every pack holds some of every size, costs about the same, and its tasks are mixed. The small
+The number of packs comes first: as many as the window fills. Then the large samples are dealt out, each to the pack
+that is emptiest, so that every pack holds some of every size, costs about the same, and its tasks are mixed. The small
 ones come last and go where they fit most tightly, so packs end up full. What finds no place waits for the next window.
 """
 
