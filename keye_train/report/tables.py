@@ -110,9 +110,10 @@ def merge_section(root: RunRoot) -> dict[str, Any] | None:
     parents = [(_run_name(parent["path"]), float(parent["weight"])) for parent in root.merge["parents"]]
     rows = [TableRow(name, [Cell(f"{weight:.3f}"), *_mean_cells(scored.get(name))]) for name, weight in parents]
     known = [scored[name] for name, _ in parents if name in scored]
+    method = str(root.merge["method"]).capitalize()
     section: dict[str, Any] = {
         "about": (
-            f"{str(root.merge['method']).capitalize()} average of {len(parents)} models, {root.merge['tensors']} tensors, "
+            f"{method} average of {len(parents)} models, {root.merge['tensors']} tensors, "
             f"{short(root.merge['bytes'])}B in {', '.join(root.merge['dtype'])}."
         ),
         "verdict": "",
