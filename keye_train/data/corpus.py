@@ -156,19 +156,18 @@ def measure(
     """
     known = {} if known is None else known
     media = table["media"].combine_chunks()
-    errors = {row: reason for row, reason in enumerate(table["error"].to_pylist()) if reason is not None}
+    wrong = pc.indices_nonzero(pc.is_valid(table["error"])).to_pylist()
+    errors = {row: table["error"][row].as_py() for row in wrong}
     owners = pc.list_parent_indices(media).to_numpy()
     flat = media.flatten()
-    tokens, patches = np.zeros(len(flat), dtype=np.int64), np.zeros(len(flat), dtype=np.int64)
-    fields = ("kind", "width", "height", "frames", "fps")
-    for place, size in enumerate(zip(*(flat.field(name).to_pylist() for name in fields), strict=True)):
-        if size not in known:
-            known[size] = _cost_of_media(size, resolution)
-        cost = known[size]
-        if isinstance(cost, str):
-            errors.setdefault(int(owners[place]), cost)
-        else:
-            tokens[place], patches[place] = cost
+    examples, number = _distinct(flat)
+    distinct = flat.take(pa.array(examples)).to_pylist()
+    costs = [_known_cost(tuple(size.values()), known, resolution) for size in distinct]
+    for bad in [place for place, cost in enumerate(costs) if isinstance(cost, str)]:
+        for row in owners[number == bad].tolist():
+            errors.setdefault(row, str(costs[bad]))
+    table_of_costs = np.array([(0, 0) if isinstance(cost, str) else cost for cost in costs], dtype=np.int64)
+    tokens, patches = table_of_costs.reshape(-1, 2)[number].T
     rows = len(table)
     if pair_tokens is None:
         total = table["text_tokens"].to_numpy().astype(np.int64) + _sum_by(owners, tokens, rows)
@@ -187,10 +186,26 @@ def _sum_by(owners: np.ndarray, values: np.ndarray, rows: int) -> np.ndarray:
     return np.bincount(owners, values, minlength=rows).astype(np.int64)
 
 
-def _cost_of_media(size: tuple, resolution: ResolutionSettings) -> tuple[int, int] | str:
-    kind, width, height, frames, fps = size
-    try:
-        grid = media_grid(MediaInfo(MediaKind(kind), width, height, frames, fps), resolution)
-    except SampleError as error:
-        return str(error)
-    return grid_tokens(grid), grid[0] * grid[1] * grid[2]
+def _distinct(media: pa.StructArray) -> tuple[np.ndarray, np.ndarray]:
+    """One place of each distinct size, and the number of its size for every place."""
+    code = np.zeros(len(media), dtype=np.int64)
+    for field in media.type:
+        encoded = pc.struct_field(media, field.name).dictionary_encode()
+        code = code * len(encoded.dictionary) + encoded.indices.to_numpy()
+        _, code = np.unique(code, return_inverse=True)  # keeps the codes small
+    _, examples, number = np.unique(code, return_index=True, return_inverse=True)
+    return examples, number
+
+
+def _known_cost(
+    size: tuple, known: dict[tuple, tuple[int, int] | str], resolution: ResolutionSettings
+) -> tuple[int, int] | str:
+    """Tokens and patches of a size of media, or what is wrong with it."""
+    if size not in known:
+        kind, width, height, frames, fps = size
+        try:
+            grid = media_grid(MediaInfo(MediaKind(kind), width, height, frames, fps), resolution)
+            known[size] = grid_tokens(grid), grid[0] * grid[1] * grid[2]
+        except SampleError as error:
+            known[size] = str(error)
+    return known[size]

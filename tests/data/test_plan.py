@@ -17,8 +17,10 @@ from keye_train.data.corpus import Corpus, Sizes, Source
 from keye_train.data.index import ShardHeader
 from keye_train.data.mixture import Shuffle
 from keye_train.data.packing import Budget
-from keye_train.data.plan import GlobalBatch, Plan, PlanState, assign
-from keye_train.settings import ResolutionSettings
+from keye_train.data.plan import GlobalBatch, Plan, PlanState, assign, flop_cost
+from keye_train.model.configuration import KeyeConfig
+from keye_train.model.flops import FlopCoefficients, pack_flops
+from keye_train.settings import Objective, ResolutionSettings
 
 
 def toy_source(name: str, rows: int, seed: int, errors: dict[int, str] | None = None) -> Source:
@@ -152,6 +154,15 @@ def test_samples_over_the_budget_are_dropped_with_the_setting_to_change() -> Non
         assert tokens > 60 or patches > 100
         assert (f"{tokens} tokens > stage.max_tokens=60" in sample.reason) == (tokens > 60)
         assert (f"{patches} patches > stage.max_patches=100" in sample.reason) == (patches > 100)
+
+
+def test_the_cost_of_a_pack_is_that_of_the_model() -> None:
+    config = KeyeConfig()
+    samples, media = np.array([100, 2000, 31]), np.array([64, 3000])
+    sums = Sizes(*(np.array([total]) for total in (samples.sum(), (samples**2).sum(), media.sum(), (media**2).sum())))
+    np.testing.assert_allclose(flop_cost(config)(sums), pack_flops(config, samples, media), rtol=1e-12)
+    vision = FlopCoefficients.of(config).vision(media).sum()
+    np.testing.assert_allclose(flop_cost(config, Objective.contrastive)(sums), vision, rtol=1e-12)
 
 
 def test_a_state_of_another_plan_is_refused() -> None:
