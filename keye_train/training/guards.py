@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Sequence
 from types import FrameType
 
@@ -14,6 +15,10 @@ logger = logging.getLogger(__name__)
 MAX_REFUSED_IN_A_ROW = 5
 """Updates in a row that may be refused for a non-finite gradient. One bad batch is survivable; five mean that the
 weights themselves, or every batch, are broken, and further steps would only burn compute."""
+
+
+PATIENCE_S = 3.0
+"""Seconds after a SIGINT from which on another one means it."""
 
 
 class NonFiniteError(RuntimeError):
@@ -55,11 +60,13 @@ class NonFiniteGuard:
 class StopRequest:
     """Turns SIGINT and SIGTERM into a wish that the training loop grants at the end of a step.
 
-    A second SIGINT is passed on as KeyboardInterrupt, for those who cannot wait.
+    A second SIGINT, at least ``PATIENCE_S`` later, is passed on as KeyboardInterrupt, for those who cannot wait. Sooner
+    it is an echo: on Ctrl-C each rank gets the terminal's signal and then the launcher's.
     """
 
     def __init__(self) -> None:
         self.signal_number = 0
+        self._received_at = 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -81,9 +88,11 @@ class StopRequest:
         return signal.SIGTERM if terminations else signal.SIGINT if interrupts else 0
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal_number == signal.SIGINT:
+        now = time.monotonic()
+        if number == signal.SIGINT and self.signal_number and now - self._received_at >= PATIENCE_S:
             raise KeyboardInterrupt
-        self.signal_number = number
+        if not self.signal_number:
+            self.signal_number, self._received_at = number, now
 
 
 def exit_code(signal_number: int) -> int:

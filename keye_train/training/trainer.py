@@ -182,7 +182,7 @@ class Trainer:
             sources = self._item_sources(pack).to(self.world.device, non_blocking=True)
             losses, figures = self.engine.forward(pack.inputs.to(self.world.device))
             self.meter.add(losses, sources, figures)
-            self.engine.accumulate(_weighted(losses, weight), last=number == len(data.packs) - 1)
+            self.engine.accumulate(weighted_sum(losses, weight), last=number == len(data.packs) - 1)
         outcome = self.engine.apply()
         self.guard.observe(outcome.applied, data.step + 1, _samples(data))
         return rates, outcome
@@ -281,7 +281,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     random.seed(mixed)
 
 
-def _weighted(losses: Tensor, weight: float) -> Tensor:
+def weighted_sum(losses: Tensor, weight: float) -> Tensor:
     """Sum of the losses times ``weight``.
 
     A sum that is not finite gets the weight NaN, so that the gradient cannot be finite by accident: the engine then

@@ -100,25 +100,33 @@ class TestOneModelWhateverTheRanks:
 class TestInterruptedEqualsUninterrupted:
     """Bit for bit at the same world size; to rounding at another one."""
 
-    def test_sigint_in_one_process(self, toy_corpus: ToyCorpus, one_process: Path, tmp_path: Path) -> None:
+    def test_sigterm_in_one_process(
+        self, toy_corpus: ToyCorpus, one_process: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         run_dir = tmp_path / "run"
-        command = toy_corpus.command(PYTHON, STAGE, run_dir, *LONG, "deepspeed.zero_stage=0", "data.workers=1")
-        assert interrupt(command, run_dir, 3, signal.SIGINT, group=True) == 130  # readers get it too
+        more = (*LONG, "deepspeed.zero_stage=0", "data.workers=1")
+        command = toy_corpus.command(PYTHON, STAGE, run_dir, *more)
+        assert interrupt(command, run_dir, 3, signal.SIGTERM, group=False) == 143
         done = len(losses(run_dir))
-        output = ranks.run(command, timeout_s=90)
-        assert f"step-{done}" in output  # it went on from there
+        recipe = toy_corpus.settings(STAGE, run_dir, *more)
+        caplog.set_level("INFO")
+        assert train(recipe) == 0
+        assert f"continuing from {run_dir}/checkpoints/step-{done}" in caplog.text
         assert losses(run_dir) == losses(one_process)
         assert differing(weights(run_dir), weights(one_process)) == []
         assert read_ledger(run_dir) == read_ledger(one_process)
-        assert "already finished" in ranks.run(command, timeout_s=90)
+        assert train(recipe) == 0
+        assert "already finished" in caplog.text
 
-    def test_sigterm_on_two_ranks_then_one(
+    def test_ctrl_c_on_two_ranks_then_two_or_one(
         self, toy_corpus: ToyCorpus, one_process: Path, two_processes: Path, tmp_path: Path
     ) -> None:
-        run_dir = tmp_path / "run"
+        """Ctrl-C reaches the launcher and the ranks, and the launcher hands it on: the ranks get it twice."""
+        run_dir, copy = tmp_path / "run", tmp_path / "copy"
         command = toy_corpus.command([*ranks.torchrun(2), "-m"], STAGE, run_dir, *LONG)
-        assert interrupt(command, run_dir, 3, signal.SIGTERM, group=False) != 0  # torchrun hands it on to the ranks
-        copy = tmp_path / "copy"
+        interrupt(command, run_dir, 3, signal.SIGINT, group=True)
+        done = len(losses(run_dir))
+        assert [path.name for path in (run_dir / runs.CHECKPOINTS).iterdir() if path.name == f"step-{done}"]
         shutil.copytree(run_dir, copy)
         ranks.run(command, timeout_s=120)
         assert losses(run_dir) == losses(two_processes)

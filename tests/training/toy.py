@@ -57,7 +57,7 @@ def settings(zero_stage: int, precision: str) -> TrainSettings:
     recipe = TrainSettings(
         stage=stage(STEPS),
         model=ModelSettings(name="toy", tokenizer=""),
-        data=DataSettings(name="toy", sources={}, mixtures={}),
+        data=DataSettings(name="toy", root="", sources={}, mixtures={}),
         deepspeed=DeepSpeedSettings(
             zero_stage=zero_stage,
             precision=Precision(precision),
