@@ -31,7 +31,7 @@ from keye_train.evaluation.scoring import CORRECT_FROM, score
 from keye_train.model.pretrained import load_dual_encoder, load_export
 from keye_train.model.processing import EncodedPair, EncodedSample, KeyeProcessor
 from keye_train.runs import commit, read_json, versions, write_json_atomic
-from keye_train.settings import EvaluationSettings
+from keye_train.settings import EvaluationSettings, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,10 @@ def evaluate(settings: EvaluationSettings, progress: bool = True) -> Path:
 
 
 def _read_heldouts(settings: EvaluationSettings) -> Heldouts:
+    if not settings.data.heldout and settings.data.heldout_pairs is None:
+        raise SettingsError(
+            f"data={settings.data.name} has no held-out samples: set data.heldout or data.heldout_pairs"
+        )
     tasks = read_tasks(settings.data, settings.samples_per_task, settings.seed)
     pairs = []
     if settings.data.heldout_pairs is not None:
@@ -201,6 +205,10 @@ class _Evaluator:
                     logger.warning("%s: %s of %s is left out: %s", task, sample.ref.key, sample.ref.shard, error)
                     reason = {"shard": sample.ref.shard, "key": sample.ref.key, "reason": str(error)}
                     self._skipped[task].append(reason)
+            if not self._encoded[task]:
+                raise SettingsError(
+                    f"data.heldout.{task}: none of its samples can be decoded; run keye-data check on its shards"
+                )
 
     def _retrieval(self, export: Export, processor: KeyeProcessor) -> dict[str, Any]:
         pairs = _encode_pairs(processor, self._asked.pairs)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 34
+WIDTH, HEIGHT = 420, 230  # of a line chart; a page shows two or three side by side
+LEFT, RIGHT, TOP, BOTTOM = 50, 18, 10, 28
+INTERVAL_WIDTH = 640
 COLOURS = 10
 MAX_POINTS = 400
 """Points drawn for each series; longer ones are thinned so that extremes stay visible."""
@@ -130,7 +131,7 @@ def interval_chart(rows: Sequence[Estimate], label: str, chance: float | None = 
         return Markup("")
     step, left, right = 26, 150, 64
     height = TOP + step * len(rows) + 26
-    span = WIDTH - left - right
+    span = INTERVAL_WIDTH - left - right
 
     def across(value: float) -> float:
         return left + min(max(value, 0.0), 1.0) * span
@@ -152,11 +153,11 @@ def interval_chart(rows: Sequence[Estimate], label: str, chance: float | None = 
             f'<line class="whisker" x1="{across(row.low):.1f}" x2="{across(row.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
         body.append(f'<circle class="dot{strong}" cx="{across(row.value):.1f}" cy="{y:.1f}" r="5"/>')
-        body.append(_text(f"row{strong}", WIDTH - right + 12, y + 4, "start", f"{100 * row.value:.1f} %"))
+        body.append(_text(f"row{strong}", INTERVAL_WIDTH - right + 12, y + 4, "start", f"{100 * row.value:.1f} %"))
     return Markup(
         '<figure class="chart"><figcaption>{label}</figcaption>'
         '<svg viewBox="0 0 {w} {h}" role="img" aria-label="{label}">{body}</svg></figure>'
-    ).format(label=label, w=WIDTH, h=height, body=Markup("".join(body)))
+    ).format(label=label, w=INTERVAL_WIDTH, h=height, body=Markup("".join(body)))
 
 
 def _finite(series: Series) -> list[tuple[float, float]]:
@@ -201,7 +202,7 @@ def _axes(
         parts.append(_text("tick", LEFT - 8, y + 4, "end", y_format(tick)))
     for tick in x_ticks:
         x, _ = place(tick, y_ticks[0])
-        parts.append(_text("tick", x, HEIGHT - 12, "middle", short(tick)))
+        parts.append(_text("tick", x, HEIGHT - 10, "middle", short(tick)))
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
     return "".join(parts)
 

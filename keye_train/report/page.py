@@ -97,13 +97,17 @@ def _context(root: RunRoot) -> dict[str, Any]:
 
 
 def _about(root: RunRoot) -> str:
-    parts = [f"{len(root.stages)} training run(s)"] if root.stages else []
+    parts = [_counted(len(root.stages), "training run")] if root.stages else []
     if root.models:
-        parts.append(f"{len(root.models)} models evaluated")
+        parts.append(f"{_counted(len(root.models), 'model')} evaluated")
     if root.commit:
         parts.append(f"commit {root.commit[:12]}{' with changes' if root.commit.endswith('+changes') else ''}")
     started = min((str(run.manifest["started"]) for run in root.stages if "started" in run.manifest), default="")
     return ", ".join(parts + ([f"started {started}"] if started else []))
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _tiles(root: RunRoot) -> list[dict[str, str]]:
@@ -111,7 +115,7 @@ def _tiles(root: RunRoot) -> list[dict[str, str]]:
     if root.stages:
         tokens, seconds = (sum(run.total(name) for run in root.stages) for name in ("tokens", "step_s"))
         tiles += [
-            _tile("training time", clock(seconds), f"{len(root.stages)} runs"),
+            _tile("training time", clock(seconds), _counted(len(root.stages), "run")),
             _tile("steps", f"{sum(run.steps[-1] for run in root.stages if run.rows):,.0f}"),
             _tile("tokens", short(tokens), f"{short(tokens / seconds)} a second" if seconds else ""),
             _tile("samples", short(sum(run.total("samples") for run in root.stages))),
@@ -161,7 +165,7 @@ def _charts(run: StageRun) -> list[Markup]:
         line_chart(_family(run, "lr", smoothed=False), "Learning rate by module", from_zero=True),
         line_chart(_raw_and_smooth(run, run.column("grad_norm")), "Gradient norm before clipping", from_zero=True),
         line_chart(_raw_and_smooth(run, run.column("tokens_per_s")), "Tokens a second, all ranks", from_zero=True),
-        line_chart(_raw_and_smooth(run, run.column("fill")), "Fill of the token budget", percent, y_range=(0.0, 1.0)),
+        line_chart(_fills(run), "Fill of the two budgets of a pack, smoothed", percent, (0.0, 1.0)),
         line_chart(_raw_and_smooth(run, waits), "Share of the step spent waiting for data", percent, from_zero=True),
         line_chart(_raw_and_smooth(run, run.column("retrieval_accuracy")), "Retrieval within the batch", percent),
     ]
@@ -169,6 +173,13 @@ def _charts(run: StageRun) -> list[Markup]:
 
 def _raw_and_smooth(run: StageRun, values: list[float | None]) -> list[Series]:
     return [Series("each step", run.steps, values, faint=True), Series("smoothed", run.steps, smooth(values))]
+
+
+def _fills(run: StageRun) -> list[Series]:
+    return [
+        Series("language tokens", run.steps, smooth(run.column("fill")), colour=0),
+        Series("vision patches", run.steps, smooth(run.column("patch_fill")), colour=1),
+    ]
 
 
 def _family(run: StageRun, key: str, smoothed: bool) -> Sequence[Series]:

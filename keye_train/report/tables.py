@@ -40,6 +40,7 @@ class Table:
     rows: Sequence[TableRow]
 
 
+NO_BREAK = "\u00a0"
 EMPTY = Cell("–")
 
 
@@ -172,7 +173,7 @@ def _stage_row(run: StageRun) -> TableRow:
         f"{run.steps[-1]:,.0f}" if run.rows else "0",
         short(run.total("samples")),
         short(run.total("tokens")),
-        clock(run.wall_s),
+        clock(run.wall_s).replace(" ", NO_BREAK),
         f"{sum(tail) / len(tail):.3f}" if tail else "–",
         str(run.manifest.get("seed", "")),
         str(run.manifest.get("world_size", "")),

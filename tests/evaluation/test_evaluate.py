@@ -178,6 +178,17 @@ class TestRefusal:
         with pytest.raises(SettingsError, match=r"gone\.tar"):
             read_tasks(replace(data, heldout={"gone": SourceSettings([str(tmp_path / "gone.tar")])}), 1, 0)
 
+    def test_nothing_to_ask(self, world: Any, tmp_path: Path) -> None:
+        nothing = replace(world[1], heldout={}, heldout_pairs=None)
+        with pytest.raises(SettingsError, match="has no held-out samples"):
+            evaluate(EvaluationSettings(models=world[2], data=nothing, out=str(tmp_path)), progress=False)
+
+    def test_task_of_broken_samples(self, world: Any, tmp_path: Path) -> None:
+        shard = write_shard(tmp_path / "x.tar", [question("?", "red", b"no image")], world[0].tokenizer)
+        broken = replace(world[1], heldout={"broken": SourceSettings([str(shard)])})
+        with pytest.raises(SettingsError, match=r"data\.heldout\.broken: none"):
+            evaluate(EvaluationSettings(models=world[2], data=broken, out=str(tmp_path)), progress=False)
+
     def test_missing_model(self, world: Any, tmp_path: Path) -> None:
         settings = EvaluationSettings(models=[str(tmp_path / "nowhere")], data=world[1], out=str(tmp_path))
         with pytest.raises(FileNotFoundError, match="nowhere holds no export"):
