@@ -40,9 +40,10 @@ soak: $(STAMP) ## the tests that take long
 bench: $(STAMP) ## measure; writes dated files under benchmarks/results
 	$(BIN)/python -m benchmarks
 
-lock: ## write requirements.lock anew from setup.cfg (needs a complete .venv)
-	$(BIN)/python -m pip install --quiet pip-tools
-	$(BIN)/pip-compile --quiet --strip-extras --allow-unsafe --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --extra demo --extra dev --output-file requirements.lock setup.cfg
+lock: ## write requirements.lock from what .venv holds, after `pip install -U` of whatever shall move
+	@{ echo "# Exact versions that make installs; written by \`make lock\`. torch without a local label: pip takes the CPU"; \
+	   echo "# build where an index offers one, else the CUDA build."; \
+	   $(BIN)/python -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+[a-z0-9.]*$$//'; } > requirements.lock
 
 clean: ## remove .venv, caches and everything under runs/ and data/
 	rm -rf $(VENV) runs data .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build ./*.egg-info
