@@ -68,7 +68,9 @@ def train_main(argv: Sequence[str] | None = None) -> None:
 
         return train(settings) or 0
 
-    _command("keye-train", TRAIN_HELP, TrainSettings, "train", ("stage", "model", "data", "deepspeed", "logging"), work, argv)
+    _command(
+        "keye-train", TRAIN_HELP, TrainSettings, "train", ("stage", "model", "data", "deepspeed", "logging"), work, argv
+    )
 
 
 def pipeline_main(argv: Sequence[str] | None = None) -> None:
@@ -116,7 +118,10 @@ def report_main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     from keye_train.report import write_report
 
-    _guarded("keye-report", lambda: _print_report(write_report(arguments.run, arguments.out or arguments.run / "report.html")))
+    _guarded(
+        "keye-report",
+        lambda: _print_report(write_report(arguments.run, arguments.out or arguments.run / "report.html")),
+    )
 
 
 def _print_report(page: Path) -> int:
@@ -143,12 +148,16 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="choice of a recipe or a value to change")
-    parser.add_argument("--recipes", default=recipes, metavar="DIR", help="another recipes folder (or set KEYE_RECIPES)")
+    parser.add_argument(
+        "--recipes", default=recipes, metavar="DIR", help="another recipes folder (or set KEYE_RECIPES)"
+    )
     parser.add_argument("--show", action="store_true", help="print the resolved recipe and leave")
     # The deepspeed launcher adds this to every rank's command line; the rank comes from the environment.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
 
     def composed() -> int:
         settings = compose.load_settings(schema, primary, arguments.overrides, arguments.recipes)

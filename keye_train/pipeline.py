@@ -8,6 +8,7 @@ and an interrupt reaches its ranks directly.
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -67,6 +68,7 @@ def run_pipeline(settings: PipelineSettings) -> int:
             clock.begin("data")
             _call("data", settings.prepare)
             clock.end("data")
+        _export_start(settings)
         for stage in settings.runs():
             clock.begin(stage.name)
             clock.end(stage.name, kept=_run_stage(settings, stage))
@@ -100,6 +102,13 @@ def stage_settings(settings: PipelineSettings, stage: PipelineRun) -> TrainSetti
     return compose.load_settings(TrainSettings, "train", _overrides(settings, stage), compose.recipes_folder())
 
 
+def _export_start(settings: PipelineSettings) -> None:
+    """The untrained model, for the first row of the table."""
+    from keye_train.training.export import write_start
+
+    write_start(stage_settings(settings, settings.runs()[-1]), Path(settings.out) / START)
+
+
 def _overrides(settings: PipelineSettings, stage: PipelineRun) -> list[str]:
     out = Path(settings.out)
     parent = "null" if stage.parent is None else str(out / stage.parent)
@@ -129,7 +138,10 @@ def _run_stage(settings: PipelineSettings, stage: PipelineRun) -> bool:
 def _call(part: str, command: list[str]) -> None:
     """Run a command in the foreground; Ctrl-C reaches it too, and we wait until it has saved its state."""
     log.info("%s: %s", part, " ".join(command))
-    process = subprocess.Popen(command)
+    # Programs of this environment first, whether it is activated or not; idle OpenMP threads sleep instead of spinning,
+    # which halves the speed where ranks and readers share a few cores.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    process = subprocess.Popen(command, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PATH": path})
     while True:
         try:
             code = process.wait()
@@ -162,7 +174,7 @@ def _evaluate(settings: PipelineSettings) -> Path:
     from keye_train.evaluation import evaluate
 
     out = Path(settings.out)
-    names = [run.name for run in settings.runs()] + [MERGE] * bool(settings.merge)
+    names = [START, *(run.name for run in settings.runs())] + [MERGE] * bool(settings.merge)
     return evaluate(
         EvaluationSettings(
             models=[str(out / name) for name in names],

@@ -32,11 +32,11 @@ def write_text_atomic(path: Path, text: str) -> None:
     """Write ``text`` aside, flush it to the disk, then rename: the file is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "w", encoding="utf-8") as handle:
+    with aside.open("w", encoding="utf-8") as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

@@ -471,9 +471,7 @@ class PipelineSettings:
         if not entry.mixtures:
             return [PipelineRun(name, entry.stage, entry.parent, tuple(entry.overrides))]
         return [
-            PipelineRun(
-                f"{name}_{mixture}", entry.stage, entry.parent, (*entry.overrides, f"stage.mixture={mixture}")
-            )
+            PipelineRun(f"{name}_{mixture}", entry.stage, entry.parent, (*entry.overrides, f"stage.mixture={mixture}"))
             for mixture in entry.mixtures
         ]
 

@@ -53,7 +53,9 @@ def test_pipeline_recipes_compose_with_every_stage_they_name() -> None:
 
 
 def test_evaluation_recipe_composes() -> None:
-    settings = compose.load_settings(EvaluationSettings, "eval", ["data=demo", "models=[runs/a,runs/b/export]", "out=o"])
+    settings = compose.load_settings(
+        EvaluationSettings, "eval", ["data=demo", "models=[runs/a,runs/b/export]", "out=o"]
+    )
     assert settings.named_models() == {"a": "runs/a", "b": "runs/b/export"}
 
 

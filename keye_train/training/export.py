@@ -12,6 +12,7 @@ from torch import Tensor
 from keye_train import runs
 from keye_train.model.configuration import KeyeConfig
 from keye_train.model.pretrained import save_export
+from keye_train.model.start import initial_model
 from keye_train.settings import Precision, TrainSettings
 from keye_train.training.checkpoint import TensorReader
 from keye_train.training.distributed import World
@@ -51,15 +52,33 @@ def write_export(engine: Engine, config: KeyeConfig, settings: TrainSettings, ru
     dtype = _dtype(settings, parent)
     tensors = _tensors(engine, parent, dtype)
     if world.is_main:
-        tokenizer = Path(settings.model.tokenizer)
-        extra = {name: tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).exists()}
-        save_export(tensors, config, folder, extra_files=extra)
+        save_export(tensors, config, folder, extra_files=_tokenizer_files(settings))
         logger.info("model exported to %s", folder)
     else:
         for _ in tensors:
             pass  # Collective: the gathers behind each tensor need every rank
     world.barrier()
     return folder
+
+
+def write_start(settings: TrainSettings, folder: Path) -> Path:
+    """Export the model as it stands before any training: what a chain is compared with.
+
+    Its weights come from ``model.start`` and the seed, as those of the first language stage do. Kept when it is there.
+
+    Returns:
+        The export's folder, ``folder / export``.
+    """
+    export = folder / runs.EXPORT
+    if not (export / "config.json").exists():
+        model = initial_model(settings.model, settings.seed)
+        save_export(model.state_dict().items(), model.config, export, extra_files=_tokenizer_files(settings))
+    return export
+
+
+def _tokenizer_files(settings: TrainSettings) -> dict[str, Path]:
+    tokenizer = Path(settings.model.tokenizer)
+    return {name: tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).exists()}
 
 
 def _tensors(engine: Engine, parent: TensorReader | None, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
