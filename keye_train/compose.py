@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 RECIPES_VARIABLE = "KEYE_RECIPES"
 
-# Each primary recipe starts from its schema, so that every key of the dataclasses can be overridden without Hydra's "+",
+# Each primary recipe starts from its schema, so that every key of the dataclasses can be overridden without "+",
 # and a wrong one is refused while composing.
 _SCHEMAS = {"train": TrainSettings, "merge": MergeSettings, "eval": EvaluationSettings, "pipeline": PipelineSettings}
 for _name, _schema in _SCHEMAS.items():
