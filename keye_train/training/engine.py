@@ -133,8 +133,17 @@ class Engine:
         else:
             self._deepspeed.step()
             outcome = Outcome(self._deepspeed.was_step_applied(), float(self._deepspeed.get_global_grad_norm()))
+            if not outcome.applied:
+                self._forget_refused_gradients()
         self.updates += outcome.applied
         return outcome
+
+    def _forget_refused_gradients(self) -> None:
+        """With an optimizer on the host, DeepSpeed 0.19 keeps a refused fp32 sum and would add to it for ever."""
+        sums = getattr(self._optimizer, "averaged_gradients", None)
+        if self._zero_stage in (1, 2) and sums is not None:
+            for group in sums:
+                sums[group] = None
 
     def _apply_unsharded(self) -> Outcome:
         gradients = [p.grad for p in self.trainable.values() if p.grad is not None]

@@ -46,7 +46,11 @@ class LanguageObjective(nn.Module):
 
 
 class ContrastiveObjective(nn.Module):
-    """SigLIP loss of each image against the captions of all ranks in the same micro-step."""
+    """SigLIP loss of each image against the captions of all ranks in the same micro-step.
+
+    Which captions are an image's negatives therefore depends on the number of ranks: here, unlike in the language
+    objective, another world size gives other losses.
+    """
 
     figures: tuple[str, ...] = ("retrieved",)
 

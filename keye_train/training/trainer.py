@@ -156,10 +156,8 @@ class Trainer:
 
     def _count(self, data: StepData) -> Counts:
         """Sizes of the global batch, known before the first forward. Collective: every rank must reach this."""
-        by_source = [0] * len(self.plan.sources)
-        for pack in data.packs:
-            for source in self._item_sources(pack).tolist():
-                by_source[source] += 1
+        items = torch.cat([self._item_sources(pack) for pack in data.packs])
+        by_source = torch.bincount(items, minlength=len(self.plan.sources)).tolist()
         skipped = len(data.dropped) + sum(len(pack.skipped) for pack in data.packs)
         tokens, patches = (sum(getattr(pack, name) for pack in data.packs) for name in ("tokens", "patches"))
         samples = sum(len(pack.refs) for pack in data.packs)

@@ -25,7 +25,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         ranks.start([*ranks.torchrun(2), TOY, str(folders[2])]),
     ]
     for process in started:
-        ranks.finish(process, timeout_s=120)
+        ranks.finish(process, timeout_s=240)
     return folders
 
 

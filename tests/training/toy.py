@@ -26,14 +26,17 @@ from keye_train.settings import (
 )
 
 PACKS, STEPS, STOP = 4, 6, 3
+# Case -> ZeRO stage, precision, and whether optimizer (and parameters, at stage 3) live in host memory.
 CASES = {
-    "zero0": (0, "fp32"),
-    "zero1": (1, "fp32"),
-    "zero2": (2, "fp32"),
-    "zero3": (3, "fp32"),
-    "zero1-bf16": (1, "bf16"),
-    "zero2-bf16": (2, "bf16"),
-    "zero3-bf16": (3, "bf16"),
+    "zero0": (0, "fp32", False),
+    "zero1": (1, "fp32", False),
+    "zero2": (2, "fp32", False),
+    "zero3": (3, "fp32", False),
+    "zero1-bf16": (1, "bf16", False),
+    "zero2-bf16": (2, "bf16", False),
+    "zero3-bf16": (3, "bf16", False),
+    "zero2-offload-bf16": (2, "bf16", True),
+    "zero3-offload": (3, "fp32", True),
 }
 
 
@@ -52,7 +55,7 @@ def stage(steps: int, **schedule: object) -> StageSettings:
     )
 
 
-def settings(zero_stage: int, precision: str) -> TrainSettings:
+def settings(zero_stage: int, precision: str, offload: bool) -> TrainSettings:
     """A run of the toy."""
     recipe = TrainSettings(
         stage=stage(STEPS),
@@ -61,6 +64,8 @@ def settings(zero_stage: int, precision: str) -> TrainSettings:
         deepspeed=DeepSpeedSettings(
             zero_stage=zero_stage,
             precision=Precision(precision),
+            offload_optimizer=offload,
+            offload_parameters=offload and zero_stage == 3,
             overlap_comm=False,
             bucket_elements=1000,
             param_persistence_threshold=50,  # some parameters stay whole, some are partitioned
@@ -142,8 +147,8 @@ def main(out: Path) -> None:
         return {name: tensor.detach().float().clone() for name, tensor in built.training_state()}
 
     figures: dict[str, dict] = {}
-    for case, (zero_stage, precision) in CASES.items():
-        recipe = settings(zero_stage, precision)
+    for case, shape in CASES.items():
+        recipe = settings(*shape)
         built = engine(recipe)
         norms = [step(built, number, recipe).grad_norm for number in range(STOP)]
         checkpoint.save(out / case, built, TrainState(STOP, built.updates, {}), world, keep=2)
