@@ -26,7 +26,7 @@ demo: $(STAMP) ## train a tiny Keye through the whole chain; writes runs/demo/re
 	$(BIN)/keye-pipeline pipeline=demo
 
 test: check ## style, types, import contract and every test
-	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 check: $(STAMP) ## style, types and import contract
 	$(BIN)/ruff check .

@@ -13,10 +13,10 @@ from tqdm import tqdm
 from keye_train.data.formats import parse_sample
 from keye_train.data.index import file_sha256, find_shards, index_path, read_columns
 from keye_train.data.reader import ShardReader, walk_shard
-from keye_train.data.sample import MediaKind, SampleError, SampleRef
 from keye_train.model.chat import media_slots
 from keye_train.model.images import decode_image
 from keye_train.model.video import decode_video
+from keye_train.sample import MediaKind, SampleError, SampleRef
 from keye_train.settings import ResolutionSettings
 
 DESCRIPTION = """\

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ from keye_train.settings import (
     EvaluationSettings,
     MergeSettings,
     PipelineSettings,
-    SettingsError,
     TrainSettings,
 )
 
@@ -170,9 +170,15 @@ def _command(
 
 
 def _guarded(name: str, work: Callable[[], int]) -> None:
-    """Run ``work``; what the user can mend becomes one line, everything else keeps its traceback."""
+    """Run ``work``; what the user can mend becomes one line, everything else keeps its traceback.
+
+    By the convention of this package ValueError and FileNotFoundError are about input: a recipe, data, a checkpoint.
+    KEYE_TRACEBACK=1 shows where they came from.
+    """
     try:
         sys.exit(work())
-    except (SettingsError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("KEYE_TRACEBACK"):
+            raise
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from keye_train.data.sample import SampleRef
 from keye_train.model.packed import IGNORE_INDEX, ContrastiveInputs, PackedInputs, VisionInputs
 from keye_train.model.positions import PATCH_SIZE
 from keye_train.model.processing import EncodedPair, EncodedSample
+from keye_train.sample import SampleRef
 from keye_train.settings import ModelSettings
 
 

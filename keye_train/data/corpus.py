@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from keye_train.data.index import ShardHeader, find_shards, open_header, read_columns, read_key, tokenizer_fingerprint
-from keye_train.data.sample import MediaInfo, MediaKind, SampleError, SampleRef
 from keye_train.model.positions import grid_tokens, media_grid
+from keye_train.sample import MediaInfo, MediaKind, SampleError, SampleRef
 from keye_train.settings import ResolutionSettings, SourceSettings
 
 

@@ -18,8 +18,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from keye_train.data.sample import MediaKind, Sample, SampleError, SampleRef
 from keye_train.model.chat import MediaSlot, parse_turns
+from keye_train.sample import MediaKind, Sample, SampleError, SampleRef
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 VIDEO_SUFFIXES = frozenset({"mp4", "mov", "webm", "mkv", "avi"})

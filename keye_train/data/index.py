@@ -25,10 +25,10 @@ from transformers import PreTrainedTokenizerBase
 
 from keye_train.data.formats import parse_sample
 from keye_train.data.reader import OFFSET_BYTES, RawSample, offsets_path, walk_shard
-from keye_train.data.sample import MediaInfo, MediaKind, Sample, SampleError, SampleRef
 from keye_train.model.chat import media_slots, text_token_count
 from keye_train.model.images import probe_image
 from keye_train.model.video import probe_video
+from keye_train.sample import MediaInfo, MediaKind, Sample, SampleError, SampleRef
 
 log = logging.getLogger(__name__)
 

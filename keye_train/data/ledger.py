@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from keye_train.data.loader import StepData
-from keye_train.data.sample import SampleRef
 from keye_train.runs import LEDGER, read_jsonl, write_text_atomic
+from keye_train.sample import SampleRef
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from keye_train.data.index import read_key
 from keye_train.data.plan import Dropped, Pack, Plan, PlanState, assign
 from keye_train.data.pool import ReaderPool
 from keye_train.data.reader import ShardReader
-from keye_train.data.sample import SampleError, SampleRef
 from keye_train.model.processing import EncodedPair, EncodedSample, KeyeProcessor
+from keye_train.sample import SampleError, SampleRef
 from keye_train.settings import Objective, TrainSettings
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -20,6 +21,8 @@ from keye_train.data.packing import Budget, Packing, pack_samples
 from keye_train.model.configuration import KeyeConfig
 from keye_train.model.flops import FlopCoefficients
 from keye_train.settings import Objective, TrainSettings
+
+log = logging.getLogger(__name__)
 
 CostFunction = Callable[[Sizes], np.ndarray]
 """Cost of packs, [N] float64, from what they hold: FLOPs of both towers, in any unit."""
@@ -215,6 +218,14 @@ class Plan:
         dropped: tuple[Dropped, ...] = ()
         while True:
             window = self._plan_window(state)
+            if not len(window.batches):
+                log.warning(
+                    "a window of data.window_samples=%d fills %d packs, fewer than stage.global_batch_packs=%d: "
+                    "planning goes on, but a larger window is faster and packs better",
+                    self.window_samples,
+                    len(window.packing),
+                    self.global_batch_packs,
+                )
             # After a batch of this window its dropped samples have been reported.
             dropped += window.dropped if state.batch == 0 else ()
             behind = PlanState(self.fingerprint, state.step, state.window + 1, 0, window.drawn, window.carried)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from keye_train.data.formats import split_member_name
-from keye_train.data.sample import SampleError
+from keye_train.sample import SampleError
 
 OPEN_SHARDS = 64
 """Shards that a reader keeps open; two file descriptors each."""

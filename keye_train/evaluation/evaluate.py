@@ -20,7 +20,6 @@ from rich.console import Console
 from tqdm import tqdm
 
 from keye_train.data.formats import parse_sample
-from keye_train.data.sample import Sample, SampleError
 from keye_train.evaluation.exports import Export, compute_dtype, device
 from keye_train.evaluation.generate import generate_batch
 from keye_train.evaluation.heldout import Heldout, Question, fingerprint, read_drawn, read_tasks
@@ -31,6 +30,7 @@ from keye_train.evaluation.scoring import CORRECT_FROM, score
 from keye_train.model.pretrained import load_dual_encoder, load_export
 from keye_train.model.processing import EncodedPair, EncodedSample, KeyeProcessor
 from keye_train.runs import commit, read_json, versions, write_json_atomic
+from keye_train.sample import Sample, SampleError
 from keye_train.settings import EvaluationSettings, SettingsError
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ import numpy as np
 from keye_train.data.formats import parse_sample
 from keye_train.data.index import find_shards, index_path, read_columns
 from keye_train.data.reader import ShardReader, offsets_path
-from keye_train.data.sample import Sample, SampleError, SampleRef
 from keye_train.evaluation.scoring import Target
+from keye_train.sample import Sample, SampleError, SampleRef
 from keye_train.settings import DataSettings, SettingsError, SourceSettings
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from enum import Enum
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from keye_train.data.sample import Sample, SampleError
+from keye_train.sample import Sample, SampleError
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]

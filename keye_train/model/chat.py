@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from keye_train.data.sample import MediaKind, SampleError
 from keye_train.model.packed import IGNORE_INDEX
+from keye_train.sample import MediaKind, SampleError
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 ROLES = ("system", "user", "assistant")

@@ -14,8 +14,8 @@ import numpy as np
 from einops import rearrange
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from keye_train.data.sample import MediaInfo, MediaKind, SampleError
 from keye_train.model.positions import PATCH_SIZE, Grid, image_grid
+from keye_train.sample import MediaInfo, MediaKind, SampleError
 from keye_train.settings import ResolutionSettings
 
 MAX_PIXELS = 89_478_485  # a quarter GiB as RGB; Pillow's own threshold for a suspected decompression bomb

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keye_train.data.sample import MediaInfo, MediaKind, SampleError
+from keye_train.sample import MediaInfo, MediaKind, SampleError
 from keye_train.settings import ResolutionSettings
 
 PATCH_SIZE = 14

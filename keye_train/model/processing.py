@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from keye_train.data.sample import MediaKind, Sample, SampleError, SampleRef
 from keye_train.model.chat import (
     EncodedChat,
     MediaSlot,
@@ -26,6 +25,7 @@ from keye_train.model.images import decode_image
 from keye_train.model.packed import IGNORE_INDEX
 from keye_train.model.positions import PATCH_SIZE, Grid, grid_tokens, sample_positions
 from keye_train.model.video import decode_video
+from keye_train.sample import MediaKind, Sample, SampleError, SampleRef
 from keye_train.settings import ModelSettings, ResolutionSettings, SettingsError
 
 # Field of model.special_tokens -> the token it stands for

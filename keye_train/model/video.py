@@ -16,9 +16,9 @@ import av
 import numpy as np
 from PIL import Image
 
-from keye_train.data.sample import MediaInfo, MediaKind, SampleError
 from keye_train.model.images import resize_to_grid, to_patches
 from keye_train.model.positions import Grid, video_frame_indices, video_grid, video_seconds_per_grid
+from keye_train.sample import MediaInfo, MediaKind, SampleError
 from keye_train.settings import ResolutionSettings
 
 MAX_FRAME_PIXELS = 8192 * 4320

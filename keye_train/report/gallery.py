@@ -17,10 +17,10 @@ from PIL import Image, ImageOps
 from keye_train.data.formats import parse_sample
 from keye_train.data.index import read_columns
 from keye_train.data.reader import ShardReader
-from keye_train.data.sample import MediaKind, Sample, SampleError, SampleRef
 from keye_train.evaluation.scoring import Box, Point, parse_boxes, parse_points
 from keye_train.model.chat import media_slots
 from keye_train.model.video import upright
+from keye_train.sample import MediaKind, Sample, SampleError, SampleRef
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from keye_train.data.sample import SampleRef
+from keye_train.sample import SampleRef
 
 logger = logging.getLogger(__name__)
 

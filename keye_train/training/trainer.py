@@ -22,10 +22,10 @@ from keye_train.data.collate import LoadedPack
 from keye_train.data.ledger import Ledger
 from keye_train.data.loader import Loader, StepData
 from keye_train.data.plan import Plan, PlanState
-from keye_train.data.sample import SampleRef
 from keye_train.model import module_parameters
 from keye_train.model.pretrained import load_state
 from keye_train.model.processing import KeyeProcessor
+from keye_train.sample import SampleRef
 from keye_train.settings import Objective, TrainSettings
 from keye_train.training import build, checkpoint, distributed, export, manifest
 from keye_train.training.checkpoint import Checkpoint, TrainState

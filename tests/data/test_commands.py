@@ -18,7 +18,7 @@ from keye_train.data.corpus import Corpus
 from keye_train.data.formats import parse_sample
 from keye_train.data.index import index_path, open_header, read_columns
 from keye_train.data.reader import walk_shard
-from keye_train.data.sample import Sample, SampleRef
+from keye_train.sample import Sample, SampleRef
 from keye_train.settings import SourceSettings
 
 MakeShard = Callable[..., Path]

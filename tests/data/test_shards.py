@@ -21,7 +21,7 @@ from keye_train.data.corpus import Corpus
 from keye_train.data.formats import parse_sample, split_member_name
 from keye_train.data.index import build_index, find_shards, index_path, open_header, read_columns, tokenizer_fingerprint
 from keye_train.data.reader import ShardReader, offsets_path, walk_shard
-from keye_train.data.sample import SampleError, SampleRef
+from keye_train.sample import SampleError, SampleRef
 from keye_train.settings import SourceSettings
 
 REF = SampleRef("source", "shard.tar", "key")

@@ -25,7 +25,7 @@ from data_tools.demo.tokenizer import MAX_VOCABULARY, SPECIAL_TOKENS, train_toke
 from keye_train.data.formats import parse_sample
 from keye_train.data.index import open_header, read_columns
 from keye_train.data.reader import walk_shard
-from keye_train.data.sample import Sample, SampleRef
+from keye_train.sample import Sample, SampleRef
 
 SCALE = 0.02
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from tiny import png, question, toy_settings, write_exports, write_shard
 
-from keye_train.data.sample import Sample, SampleRef
 from keye_train.evaluation import evaluate
 from keye_train.evaluation.evaluate import question_text
 from keye_train.evaluation.heldout import read_tasks
 from keye_train.model.packed import IGNORE_INDEX
 from keye_train.model.pretrained import load_export
 from keye_train.model.processing import KeyeProcessor
+from keye_train.sample import Sample, SampleRef
 from keye_train.settings import (
     DataSettings,
     EvaluationSettings,

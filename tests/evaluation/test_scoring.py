@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keye_train.data.sample import Sample, SampleError, SampleRef
 from keye_train.evaluation.scoring import (
     Metric,
     Target,
@@ -25,6 +24,7 @@ from keye_train.evaluation.scoring import (
     score,
     token_f1,
 )
+from keye_train.sample import Sample, SampleError, SampleRef
 
 
 def box(*corners: float) -> str:

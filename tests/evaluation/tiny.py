@@ -17,12 +17,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from keye_train.data.index import build_index, tokenizer_fingerprint
-from keye_train.data.sample import SampleRef
 from keye_train.model.configuration import KeyeConfig
 from keye_train.model.keye import KeyeForConditionalGeneration
 from keye_train.model.pretrained import save_export
 from keye_train.model.processing import EncodedSample
 from keye_train.model.start import initial_dual_encoder, initial_model
+from keye_train.sample import SampleRef
 from keye_train.settings import (
     LanguageModelSettings,
     ModelSettings,

@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, models
 from toy_inputs import CONTROL_TOKENS, toy_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from keye_train.data.sample import SampleError
 from keye_train.model.chat import (
     Message,
     chat_text,
@@ -21,6 +20,7 @@ from keye_train.model.chat import (
     text_token_count,
 )
 from keye_train.model.packed import IGNORE_INDEX
+from keye_train.sample import SampleError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "chat.json").read_text(encoding="utf-8"))
 CHATS = [row for row in GOLDEN if "add_generation_prompt" in row]

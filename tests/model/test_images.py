@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from toy_inputs import damaged, image_bytes, synthetic_image
 
-from keye_train.data.sample import MediaInfo, MediaKind, SampleError
 from keye_train.model.images import decode_image, probe_image, to_patches
 from keye_train.model.positions import grid_tokens, image_grid, media_grid
+from keye_train.sample import MediaInfo, MediaKind, SampleError
 from keye_train.settings import ResolutionSettings
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "images.json").read_text())

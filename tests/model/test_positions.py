@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keye_train.data.sample import MediaInfo, MediaKind, SampleError
 from keye_train.model import positions
+from keye_train.sample import MediaInfo, MediaKind, SampleError
 from keye_train.settings import ResolutionSettings
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "rope_index.npz")

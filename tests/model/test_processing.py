@@ -9,13 +9,13 @@ import pytest
 import torch
 from toy_inputs import flat_frames, image_bytes, synthetic_image, toy_model_settings, toy_tokenizer, video_bytes
 
-from keye_train.data.sample import Sample, SampleError, SampleRef
 from keye_train.model.chat import text_token_count
 from keye_train.model.images import probe_image
 from keye_train.model.packed import IGNORE_INDEX, PackedInputs, VisionInputs
 from keye_train.model.positions import grid_tokens, media_grid, rope_index, video_seconds_per_grid
 from keye_train.model.processing import KeyeProcessor
 from keye_train.model.video import probe_video
+from keye_train.sample import Sample, SampleError, SampleRef
 from keye_train.settings import ModelSettings, ResolutionSettings, SettingsError
 
 RESOLUTION = ResolutionSettings(

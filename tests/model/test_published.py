@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from keye_train.data.sample import MediaInfo, MediaKind
 from keye_train.model.positions import (
     grid_tokens,
     image_grid,
@@ -20,6 +19,7 @@ from keye_train.model.published import (
     published_utils_resize,
     published_video_sampling,
 )
+from keye_train.sample import MediaInfo, MediaKind
 from keye_train.settings import ResolutionSettings
 
 GOLDEN = Path(__file__).parents[1] / "golden"

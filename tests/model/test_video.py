@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_inputs import damaged, flat_frames, synthetic_image, video_bytes
 
-from keye_train.data.sample import MediaInfo, MediaKind, SampleError
 from keye_train.model.images import resize_to_grid, to_patches
 from keye_train.model.positions import grid_tokens, media_grid, video_frame_indices
 from keye_train.model.video import decode_video, probe_video
+from keye_train.sample import MediaInfo, MediaKind, SampleError
 from keye_train.settings import ResolutionSettings
 
 

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from keye_train.data.sample import SampleRef
+from keye_train.sample import SampleRef
 from keye_train.training.guards import MAX_REFUSED_IN_A_ROW, NonFiniteError, NonFiniteGuard, StopRequest, exit_code
 from keye_train.training.trainer import seed_step, weighted_sum
 
