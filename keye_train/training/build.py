@@ -1,4 +1,4 @@
-"""From settings to what the trainer runs: model with its first weights, frozen parts, objective, cost of a sample."""
+"""From settings to what the trainer runs: model with its first weights, frozen parts, objective."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 from keye_train import runs
-from keye_train.data.corpus import Sizes
 from keye_train.data.index import tokenizer_fingerprint
-from keye_train.data.plan import CostFunction
 from keye_train.model import (
     KeyeForConditionalGeneration,
     enable_activation_checkpointing,
@@ -22,7 +19,6 @@ from keye_train.model import (
     module_parameters,
 )
 from keye_train.model.dual_encoder import DualEncoder
-from keye_train.model.flops import FlopCoefficients
 from keye_train.model.start import initial_dual_encoder, initial_model
 from keye_train.settings import Objective, SettingsError, StageSettings, TrainSettings
 from keye_train.training.objectives import ContrastiveObjective, LanguageObjective, TrainingObjective
@@ -156,14 +152,3 @@ def log_parameters(counts: Mapping[str, Mapping[str, int]]) -> None:
     for kind, modules in counts.items():
         listed = ", ".join(f"{module} {count:,}" for module, count in modules.items()) or "nothing"
         logger.info("%s parameters: %s", kind, listed)
-
-
-def cost_function(settings: TrainSettings) -> CostFunction:
-    """FLOPs of each sample in both towers, from what the index knows."""
-    coefficients = FlopCoefficients.of(keye_config(settings.model))
-
-    def cost(sizes: Sizes) -> np.ndarray:
-        vision = coefficients.vision_patch * sizes.patches + coefficients.vision_pair * sizes.patches_squared
-        return coefficients.language(sizes.tokens) + vision
-
-    return cost

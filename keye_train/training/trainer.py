@@ -21,8 +21,8 @@ from torch import Tensor
 from keye_train.data.collate import LoadedPack
 from keye_train.data.ledger import Ledger
 from keye_train.data.loader import Loader, StepData
-from keye_train.data.plan import Plan, PlanState
-from keye_train.model import module_parameters
+from keye_train.data.plan import Plan, PlanState, flop_cost
+from keye_train.model import keye_config, module_parameters
 from keye_train.model.pretrained import load_state
 from keye_train.model.processing import KeyeProcessor
 from keye_train.sample import SampleRef
@@ -84,7 +84,7 @@ class Trainer:
         self.run_dir = Path(settings.run_dir)
         self._stop_request = stop_request
         settings.gradient_accumulation(world.size)  # refuses a world size that does not divide the global batch
-        self.plan = Plan.from_settings(settings, build.cost_function(settings))
+        self.plan = Plan.from_settings(settings, flop_cost(keye_config(settings.model), self.stage.objective))
         self.processor = KeyeProcessor.from_settings(settings.model, settings.data.resolution)
         found = checkpoint.newest_whole(self.run_dir, world)
         self.state = found.state if found else TrainState(0, 0, self.plan.start().to_json())
