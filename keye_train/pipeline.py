@@ -61,6 +61,9 @@ def run_pipeline(settings: PipelineSettings) -> int:
     Returns:
         0, or the exit code of the part that failed or was interrupted (130 after Ctrl-C).
     """
+    # Idle OpenMP threads sleep instead of spinning, here and in every process started below: where ranks and readers
+    # share a few cores, spinning halves the speed. Read when torch is imported, so it stands before the first import.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     out = Path(settings.out)
     clock = _Clock(settings)
     try:
@@ -138,10 +141,9 @@ def _run_stage(settings: PipelineSettings, stage: PipelineRun) -> bool:
 def _call(part: str, command: list[str]) -> None:
     """Run a command in the foreground; Ctrl-C reaches it too, and we wait until it has saved its state."""
     log.info("%s: %s", part, " ".join(command))
-    # Programs of this environment first, whether it is activated or not; idle OpenMP threads sleep instead of spinning,
-    # which halves the speed where ranks and readers share a few cores.
+    # Programs of this environment first, whether it is activated or not.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    process = subprocess.Popen(command, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PATH": path})
+    process = subprocess.Popen(command, env={**os.environ, "PATH": path})
     while True:
         try:
             code = process.wait()

@@ -63,8 +63,8 @@ MAKERS: dict[str, Callable[[Studio], Draft]] = {
     "pairs_photos": pairs.pairs_photos,
 }
 TRAIN_SAMPLES = {
-    "shape": 2500,
-    "digit": 4000,
+    "shape": 4000,
+    "digit": 6000,
     "count": 2000,
     "ground": 2500,
     "compare": 2000,
@@ -72,9 +72,9 @@ TRAIN_SAMPLES = {
     "ocr": 2500,
     "text": 2500,
     "video": 1500,
-    "pairs_objects": 3000,
-    "pairs_digits": 1500,
-    "pairs_words": 1000,
+    "pairs_objects": 5000,
+    "pairs_digits": 2500,
+    "pairs_words": 1500,
     "pairs_photos": 500,
 }
 HELDOUT_SAMPLES = 120  # of each task
@@ -252,8 +252,9 @@ class _Pool:
     def __init__(self, workers: int) -> None:
         self.executor: ProcessPoolExecutor | None = None
         if workers > 1:
-            spawn = multiprocessing.get_context("spawn")
-            self.executor = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_leave_interrupts_to_parent)
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])  # imports once for all workers
+            self.executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_interrupts_to_parent)
 
     def __enter__(self) -> _Pool:
         return self

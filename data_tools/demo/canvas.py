@@ -23,10 +23,20 @@ COLOURS: dict[str, RGB] = {
     "white": (246, 246, 246),
     "black": (22, 22, 22),
 }
+# Strokes are dark on light paper, as in books. With ink and paper of any colour, a small vision tower spends all of a
+# short training on learning that both kinds of stroke are one.
+INKS = ("red", "green", "blue", "purple", "black")
+PAPERS: dict[str, RGB] = {
+    "white": (246, 246, 246),
+    "yellow": (242, 220, 50),
+    "grey": (205, 205, 208),
+    "beige": (226, 206, 170),
+    "pink": (250, 190, 200),
+    "cyan": (150, 215, 230),
+}
 SHAPES = ("circle", "square", "triangle", "cross")
 OVERSAMPLING = 4  # shapes are drawn this much larger, then scaled down, for smooth edges
 LEAST_CONTRAST = 110.0  # distance of two colours in RGB space below which they are hard to tell apart
-LEAST_BRIGHTNESS_STEP = 62.0  # difference of brightness (0 to 255) that thin strokes need
 EXIF_ORIENTATION = 0x0112
 # Orientation tag -> turn that a writer applies so that a reader who obeys the tag sees the picture upright.
 EXIF_TURNS = {
@@ -37,8 +47,9 @@ EXIF_TURNS = {
 
 
 def shade(name: str, rng: np.random.Generator, spread: int = 14) -> RGB:
-    """The named colour, each channel moved by at most ``spread``."""
-    red, green, blue = (int(np.clip(level + rng.integers(-spread, spread + 1), 0, 255)) for level in COLOURS[name])
+    """The named colour of COLOURS or PAPERS, each channel moved by at most ``spread``."""
+    levels = COLOURS[name] if name in COLOURS else PAPERS[name]
+    red, green, blue = (int(np.clip(level + rng.integers(-spread, spread + 1), 0, 255)) for level in levels)
     return red, green, blue
 
 
@@ -50,11 +61,6 @@ def contrast(first: Sequence[int], second: Sequence[int]) -> float:
 def luminance(colour: Sequence[int]) -> float:
     """Brightness 0 to 255 (Rec. 601 weights)."""
     return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-
-
-def readable(ink: Sequence[int], paper: Sequence[int]) -> bool:
-    """Whether thin strokes of ``ink`` stand out on ``paper`` by their brightness alone."""
-    return abs(luminance(ink) - luminance(paper)) >= LEAST_BRIGHTNESS_STEP
 
 
 def draw_shape(image: Image.Image, shape: str, colour: RGB, box: Box, outline: bool) -> None:
@@ -131,7 +137,7 @@ def encode_image(image: Image.Image, rng: np.random.Generator, grey: bool = Fals
         exif = Image.Exif()
         exif[EXIF_ORIENTATION] = tag
         options["exif"] = exif
-    image.save(out, "JPEG", quality=int(rng.integers(78, 92)), optimize=True, **options)
+    image.save(out, "JPEG", quality=int(rng.integers(70, 88)), optimize=True, **options)
     return "jpg", out.getvalue()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from data_tools.demo.canvas import COLOURS, readable, shade
+from data_tools.demo.canvas import COLOURS, INKS, LEAST_CONTRAST, PAPERS, contrast
 from data_tools.demo.studio import Draft, Studio
 from data_tools.demo.tasks_objects import one_digit, place
 from data_tools.demo.tasks_words import (
@@ -31,37 +31,32 @@ def _pair(studio: Studio, kind: str, image: Image.Image, caption: str, made_from
     return draft
 
 
-def _ink_and_paper(studio: Studio) -> tuple[str, str]:
-    """Names of two colours that differ in brightness."""
-    ink = studio.pick(tuple(COLOURS))
-    return ink, studio.pick([name for name in COLOURS if readable(COLOURS[ink], COLOURS[name])])
-
-
 def pairs_objects(studio: Studio) -> Draft:
     """One object on a named colour or over a named photograph, or two objects."""
     kind = studio.pick(("paper", "photo", "two"))
     if kind == "two":
         return _pair(studio, "objects", *two_things_scene(studio))
     size = studio.size()
-    thing = studio.thing()
     if kind == "photo":
+        thing = studio.thing()
         card = studio.pick(CAPTIONED)
         image, backdrop = studio.backdrop(size, [], file=card.file)
         words = studio.pick(("{} over {}", "{} in front of {}")).format(article(thing.name), card.noun)
     else:
-        ink, paper = _ink_and_paper(studio)
-        thing = studio.thing(colours=(ink,))
-        plain = shade(paper, studio.rng)
-        image, backdrop = Image.new("RGB", size, plain), {"plain": list(plain)}
+        paper = studio.pick(tuple(PAPERS))
+        thing = studio.thing(
+            colours=[name for name in COLOURS if contrast(COLOURS[name], PAPERS[paper]) > LEAST_CONTRAST]
+        )
+        image, backdrop = studio.page(size, paper)
         words = studio.pick(("{} on {}", "{} on a {} ground")).format(article(thing.name), paper)
-    drawn = thing.draw(image, place(studio, size, 0.5, 0.8), outline=kind == "photo")
+    drawn = thing.draw(image, place(studio, size, 0.75, 0.9), outline=kind == "photo")
     return _pair(studio, "objects", image, words, {"objects": [drawn], "backdrop": backdrop})
 
 
 def pairs_digits(studio: Studio) -> Draft:
     """A digit scan with the colours of its ink and paper."""
-    ink, paper = _ink_and_paper(studio)
-    image, made_from = one_digit(studio, None, ink, studio.size(square=0.6, longest_aspect=1.5), paper)
+    ink, paper = studio.pick(INKS), studio.pick(tuple(PAPERS))
+    image, made_from = one_digit(studio, None, ink, studio.size(square=0.7, longest_aspect=1.5), paper)
     number = NUMBERS[made_from["digits"][0]["digit"]]
     made_from["paper"] = paper
     words = studio.pick((f"{article(ink)} {number} on {paper}", f"the digit {number} in {ink} on {paper}"))
@@ -70,10 +65,10 @@ def pairs_digits(studio: Studio) -> Draft:
 
 def pairs_words(studio: Studio) -> Draft:
     """A rendered word with the colours of its ink and paper."""
-    ink, paper = _ink_and_paper(studio)
+    ink, paper = studio.pick(INKS), studio.pick(tuple(PAPERS))
     word = studio.pick(CHINESE_WORDS if studio.chance(0.33) else LATIN_WORDS)
-    image, made_from = render_word(studio, word, shade(ink, studio.rng), shade(paper, studio.rng))
-    made_from |= {"ink": ink, "paper": paper}
+    image, made_from = render_word(studio, word, ink, paper)
+    made_from["paper"] = paper
     words = studio.pick(("the word {word} in {ink} on {paper}", "{word} in {ink} on {paper}"))
     draft = _pair(studio, "words", image, words.format(word=word, ink=ink, paper=paper), made_from)
     draft.extra["language"] = "zh" if word in CHINESE_WORDS else "en"

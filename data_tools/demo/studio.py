@@ -13,13 +13,13 @@ from data_tools.demo.assets import Assets
 from data_tools.demo.canvas import (
     COLOURS,
     LEAST_CONTRAST,
+    PAPERS,
     RGB,
     SHAPES,
     Box,
     contrast,
     draw_shape,
     encode_image,
-    readable,
     shade,
 )
 
@@ -78,11 +78,11 @@ class Studio:
         """True with the given probability."""
         return bool(self.rng.random() < probability)
 
-    def size(self, square: float = 0.4, longest_aspect: float = 1.7) -> tuple[int, int]:
+    def size(self, square: float = 0.6, longest_aspect: float = 1.7) -> tuple[int, int]:
         """Width and height of a canvas: sides mostly 56 to 112 pixels, at times up to 168."""
-        short = int(self.rng.integers(56, 85))
-        if self.chance(0.04):
-            short = int(self.rng.integers(85, 113))
+        short = int(self.rng.integers(56, 65))
+        if self.chance(0.15):
+            short = int(self.rng.integers(65, 113))
         aspect = 1.0 if self.chance(square) else float(self.rng.uniform(1.0, longest_aspect))
         long = min(168, round(short * aspect))
         return (long, short) if self.chance(0.5) else (short, long)
@@ -111,7 +111,7 @@ class Studio:
         return crop, {"photo": photo.card.file, "box": list(box)}
 
     def backdrop(
-        self, size: tuple[int, int], avoid: Sequence[RGB], photo_share: float = 0.4, file: str | None = None
+        self, size: tuple[int, int], avoid: Sequence[RGB], photo_share: float = 0.25, file: str | None = None
     ) -> tuple[Image.Image, dict[str, Any]]:
         """A canvas for objects of the colours ``avoid``: a plain colour far from them, or a softened photo crop."""
         if file is None and not self.chance(photo_share):
@@ -120,14 +120,14 @@ class Studio:
         crop, record = self.photo_crop(size, file)
         return Image.blend(crop, Image.new("RGB", size, (128, 128, 128)), 0.35), record
 
-    def page(self, size: tuple[int, int], ink: RGB, photo_share: float = 0.15) -> tuple[Image.Image, dict[str, Any]]:
-        """A canvas on which strokes of ``ink`` can be read, in grey too: paper, at times with a photo faintly on it."""
-        plain = self.pick([colour for colour in PLAIN_COLOURS if readable(ink, colour)])
+    def page(self, size: tuple[int, int], paper: str | None = None) -> tuple[Image.Image, dict[str, Any]]:
+        """Light paper to write on; of any colour and at times with a photograph faintly on it, or as named."""
+        plain = shade(paper or self.pick(tuple(PAPERS)), self.rng, spread=8)
         image = Image.new("RGB", size, plain)
-        if not self.chance(photo_share):
+        if paper is not None or not self.chance(0.1):
             return image, {"plain": list(plain)}
         crop, record = self.photo_crop(size)
-        return Image.blend(image, crop, 0.25), record
+        return Image.blend(image, crop, 0.2), record
 
     def paper(self, avoid: Sequence[RGB]) -> RGB:
         """A plain colour far from all of ``avoid``; the farthest there is where none is far."""

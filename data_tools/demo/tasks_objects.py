@@ -6,11 +6,12 @@ from typing import Any
 
 from PIL import Image
 
-from data_tools.demo.canvas import Box, draw_scan, shade
+from data_tools.demo.canvas import INKS, Box, draw_scan, shade
 from data_tools.demo.studio import Draft, Studio, Thing
 
 COUNT_MAX = 5
-GRID = 4  # grounding: cells along the longer side; an object covers 2 x 2 cells
+CELL = 28  # pixels; grounding and counting place objects on a grid whose cells are language tokens
+GRIDS = ((3, 3), (3, 3), (3, 2), (2, 3), (4, 3), (3, 4))  # grounding: columns, rows
 COORDINATES = 1000  # boxes and points are integers in [0, 1000)
 
 
@@ -25,7 +26,7 @@ def place(studio: Studio, size: tuple[int, int], low: float, high: float) -> Box
 def one_thing(studio: Studio, thing: Thing, size: tuple[int, int]) -> tuple[Image.Image, dict[str, Any]]:
     """A large object on a backdrop, and the record of both."""
     image, backdrop = studio.backdrop(size, [thing.rgb])
-    drawn = thing.draw(image, place(studio, size, 0.55, 0.9), outline="photo" in backdrop)
+    drawn = thing.draw(image, place(studio, size, 0.8, 1.0), outline="photo" in backdrop)
     return image, {"objects": [drawn], "backdrop": backdrop}
 
 
@@ -34,14 +35,9 @@ def one_digit(
 ) -> tuple[Image.Image, dict[str, Any]]:
     """A digit scan that nearly fills the shorter side of a canvas, and its record; ``paper`` names the background."""
     index, scan, label = studio.scan(digit)
-    rgb = shade(ink, studio.rng)
-    if paper is None:
-        image, backdrop = studio.page(size, rgb)
-    else:
-        plain = shade(paper, studio.rng)
-        image, backdrop = Image.new("RGB", size, plain), {"plain": list(plain)}
-    box = place(studio, size, 0.88, 1.0)
-    draw_scan(image, scan, rgb, box, angle=float(studio.rng.uniform(-8, 8)))
+    image, backdrop = studio.page(size, paper)
+    box = place(studio, size, 0.9, 1.0)
+    draw_scan(image, scan, shade(ink, studio.rng), box, angle=float(studio.rng.uniform(-8, 8)))
     record = {"scan": index, "digit": label, "ink": ink, "box": list(box)}
     return image, {"digits": [record], "backdrop": backdrop}
 
@@ -57,7 +53,7 @@ def shape(studio: Studio) -> Draft:
 
 def digit(studio: Studio) -> Draft:
     """One handwritten digit."""
-    image, made_from = one_digit(studio, None, studio.thing().colour, studio.size(square=0.6, longest_aspect=1.5))
+    image, made_from = one_digit(studio, None, studio.pick(INKS), studio.size(square=0.7, longest_aspect=1.5))
     draft = Draft("digit", [], str(made_from["digits"][0]["digit"]), "exact", made_from=made_from)
     draft.parts = [studio.photograph(draft, image, grey=True), studio.pick(("Which digit?", "Read the digit."))]
     return draft
@@ -67,16 +63,15 @@ def count(studio: Studio) -> Draft:
     """How many objects: one to five, alike or of several colours, on a 3 x 3 grid."""
     number = int(studio.rng.integers(1, COUNT_MAX + 1))
     kind = studio.thing()
-    mixed = studio.chance(0.3)
+    mixed = studio.chance(0.2)
     things = [studio.thing(shapes=(kind.shape,)) if mixed else kind for _ in range(number)]
-    side = int(studio.rng.integers(28, 38))
-    size = (3 * side, 3 * side)
-    image, backdrop = studio.backdrop(size, [thing.rgb for thing in things], photo_share=0.2)
+    size = (3 * CELL, 3 * CELL)
+    image, backdrop = studio.backdrop(size, [thing.rgb for thing in things], photo_share=0.1)
     drawn = []
     for thing, cell in zip(things, studio.rng.permutation(9)[:number].tolist(), strict=True):
         margin = int(studio.rng.integers(1, 5))
-        left, top = cell % 3 * side, cell // 3 * side
-        box = (left + margin, top + margin, left + side - margin, top + side - margin)
+        left, top = cell % 3 * CELL, cell // 3 * CELL
+        box = (left + margin, top + margin, left + CELL - margin, top + CELL - margin)
         drawn.append(thing.draw(image, box, outline=mixed or "photo" in backdrop))
     draft = Draft("count", [], str(number), "exact", made_from={"objects": drawn, "backdrop": backdrop})
     noun = kind.shape + ("es" if kind.shape == "cross" else "s")
@@ -93,18 +88,17 @@ def normalised(box: Box, size: tuple[int, int]) -> list[int]:
 def ground(studio: Studio) -> Draft:
     """Where an object is, as a box or a point; half of the pictures hold a second object.
 
-    Objects cover 2 x 2 cells of a coarse grid, so that few coordinates occur.
+    An object fills one cell of a coarse grid, so that few coordinates occur.
     """
-    cell = studio.pick((21, 28))
-    columns, rows = (GRID, GRID) if cell == 21 or studio.chance(0.6) else studio.pick(((GRID, 3), (3, GRID)))
-    size = (columns * cell, rows * cell)
+    columns, rows = studio.pick(GRIDS)
+    size = (columns * CELL, rows * CELL)
     things = studio.two_things() if studio.chance(0.5) else (studio.thing(),)
-    corners = _free_corners(studio, columns, rows, len(things))
-    image, backdrop = studio.backdrop(size, [thing.rgb for thing in things], photo_share=0.3)
-    drawn = [
-        thing.draw(image, (x * cell, y * cell, (x + 2) * cell, (y + 2) * cell), outline="photo" in backdrop)
-        for thing, (x, y) in zip(things, corners, strict=True)
-    ]
+    cells = studio.rng.permutation(columns * rows)[: len(things)].tolist()
+    image, backdrop = studio.backdrop(size, [thing.rgb for thing in things])
+    drawn = []
+    for thing, cell in zip(things, cells, strict=True):
+        left, top = cell % columns * CELL, cell // columns * CELL
+        drawn.append(thing.draw(image, (left, top, left + CELL, top + CELL), outline="photo" in backdrop))
     x0, y0, x1, y1 = box = normalised(tuple(drawn[0]["box"]), size)
     target = f"<|object_ref_start|>{things[0].name}<|object_ref_end|>"
     if studio.chance(0.6):
@@ -117,15 +111,6 @@ def ground(studio: Studio) -> Draft:
     draft.extra["box"] = box
     draft.parts = [studio.photograph(draft, image), question]
     return draft
-
-
-def _free_corners(studio: Studio, columns: int, rows: int, number: int) -> list[tuple[int, int]]:
-    """Upper left cells of ``number`` objects (1 or 2) of 2 x 2 cells that do not overlap."""
-    corners = [(x, y) for x in range(columns - 1) for y in range(rows - 1)]
-    if number == 1:
-        return [studio.pick(corners)]
-    pairs = [(a, b) for a in corners for b in corners if abs(a[0] - b[0]) >= 2 or abs(a[1] - b[1]) >= 2]
-    return list(studio.pick(pairs))
 
 
 def compare(studio: Studio) -> Draft:
@@ -155,7 +140,7 @@ def compare(studio: Studio) -> Draft:
 def _compare_digits(studio: Studio, draft: Draft) -> None:
     left = int(studio.rng.integers(10))
     right = left if studio.chance(0.5) else int((left + studio.rng.integers(1, 10)) % 10)
-    shots = [one_digit(studio, label, studio.thing().colour, (56, 56)) for label in (left, right)]
+    shots = [one_digit(studio, label, studio.pick(INKS), (56, 56)) for label in (left, right)]
     draft.made_from["pictures"] = [record for _, record in shots]
     draft.parts = [*(studio.photograph(draft, image, grey=True) for image, _ in shots), "Same digit?"]
     draft.answer = "yes" if left == right else "no"

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from data_tools.demo.assets import CHINESE_FONTS, LATIN_FONTS, load_font
-from data_tools.demo.canvas import RGB, draw_word, shade, word_size
+from data_tools.demo.canvas import INKS, draw_word, shade, word_size
 from data_tools.demo.captions import PHOTOS
 from data_tools.demo.studio import Draft, Studio
 from data_tools.demo.tasks_objects import place
@@ -36,7 +36,7 @@ FACTS = (
 WEEK = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
-def render_word(studio: Studio, word: str, ink: RGB, paper: RGB | None = None) -> tuple[Image.Image, dict[str, Any]]:
+def render_word(studio: Studio, word: str, ink: str, paper: str | None = None) -> tuple[Image.Image, dict[str, Any]]:
     """One word in a random font and size on a canvas with little room around it, and its record."""
     chinese = word in CHINESE_WORDS
     font_name = studio.pick(CHINESE_FONTS if chinese else LATIN_FONTS)
@@ -45,20 +45,17 @@ def render_word(studio: Studio, word: str, ink: RGB, paper: RGB | None = None) -
     font = load_font(font_name, pixels, weight)
     wide, high = word_size(word, font)
     size = (wide + int(studio.rng.integers(6, 17)), max(high + int(studio.rng.integers(6, 17)), 42))
-    if paper is None:
-        image, backdrop = studio.page(size, ink)
-    else:
-        image, backdrop = Image.new("RGB", size, paper), {"plain": list(paper)}
+    image, backdrop = studio.page(size, paper)
     corner = (int(studio.rng.integers(2, size[0] - wide - 1)), int(studio.rng.integers(2, size[1] - high - 1)))
-    draw_word(image, word, font, ink, corner)
-    record = {"word": word, "font": font_name.split(":")[1], "pixels": pixels, "weight": weight}
+    draw_word(image, word, font, shade(ink, studio.rng), corner)
+    record = {"word": word, "ink": ink, "font": font_name.split(":")[1], "pixels": pixels, "weight": weight}
     return image, {"words": [record], "backdrop": backdrop}
 
 
 def ocr(studio: Studio) -> Draft:
     """One rendered word of a closed list; a third of them are Chinese."""
     word = studio.pick(CHINESE_WORDS if studio.chance(0.33) else LATIN_WORDS)
-    image, made_from = render_word(studio, word, shade(studio.thing().colour, studio.rng))
+    image, made_from = render_word(studio, word, studio.pick(INKS))
     draft = Draft("ocr", [], word, "exact", made_from=made_from)
     draft.extra["language"] = "zh" if word in CHINESE_WORDS else "en"
     draft.parts = [studio.photograph(draft, image, grey=True), studio.pick(("Read the word.", "What is written?"))]
@@ -77,7 +74,7 @@ def two_things_scene(studio: Studio) -> tuple[Image.Image, str, dict[str, Any]]:
     drawn = {}
     for position, thing in enumerate(order):
         left, top = (position * side, 0) if beside else (0, position * side)
-        box = place(studio, (side, side), 0.7, 0.95)
+        box = place(studio, (side, side), 0.8, 1.0)
         box = (box[0] + left, box[1] + top, box[2] + left, box[3] + top)
         drawn[thing.name] = thing.draw(image, box, outline="photo" in backdrop)
     text = f"{article(first.name)} {relation} {article(second.name)}"
