@@ -63,18 +63,18 @@ MAKERS: dict[str, Callable[[Studio], Draft]] = {
     "pairs_photos": pairs.pairs_photos,
 }
 TRAIN_SAMPLES = {
-    "shape": 4000,
-    "digit": 6000,
+    "shape": 3500,
+    "digit": 5000,
     "count": 2000,
     "ground": 2500,
-    "compare": 2000,
-    "caption": 2000,
+    "compare": 1500,
+    "caption": 1500,
     "ocr": 2500,
-    "text": 2500,
+    "text": 2000,
     "video": 1500,
-    "pairs_objects": 5000,
-    "pairs_digits": 2500,
-    "pairs_words": 1500,
+    "pairs_objects": 4500,
+    "pairs_digits": 2000,
+    "pairs_words": 1200,
     "pairs_photos": 500,
 }
 HELDOUT_SAMPLES = 120  # of each task
