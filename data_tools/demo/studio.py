@@ -78,7 +78,7 @@ class Studio:
         """True with the given probability."""
         return bool(self.rng.random() < probability)
 
-    def size(self, square: float = 0.6, longest_aspect: float = 1.7) -> tuple[int, int]:
+    def size(self, square: float = 0.85, longest_aspect: float = 1.7) -> tuple[int, int]:
         """Width and height of a canvas: sides mostly 56 to 112 pixels, at times up to 168."""
         short = int(self.rng.integers(56, 65))
         if self.chance(0.15):

@@ -36,8 +36,8 @@ def one_digit(
     """A digit scan that nearly fills the shorter side of a canvas, and its record; ``paper`` names the background."""
     index, scan, label = studio.scan(digit)
     image, backdrop = studio.page(size, paper)
-    box = place(studio, size, 0.9, 1.0)
-    draw_scan(image, scan, shade(ink, studio.rng), box, angle=float(studio.rng.uniform(-8, 8)))
+    box = place(studio, size, 0.95, 1.0)
+    draw_scan(image, scan, shade(ink, studio.rng), box, angle=float(studio.rng.uniform(-5, 5)))
     record = {"scan": index, "digit": label, "ink": ink, "box": list(box)}
     return image, {"digits": [record], "backdrop": backdrop}
 
@@ -53,7 +53,7 @@ def shape(studio: Studio) -> Draft:
 
 def digit(studio: Studio) -> Draft:
     """One handwritten digit."""
-    image, made_from = one_digit(studio, None, studio.pick(INKS), studio.size(square=0.7, longest_aspect=1.5))
+    image, made_from = one_digit(studio, None, studio.pick(INKS), studio.size(longest_aspect=1.5))
     draft = Draft("digit", [], str(made_from["digits"][0]["digit"]), "exact", made_from=made_from)
     draft.parts = [studio.photograph(draft, image, grey=True), studio.pick(("Which digit?", "Read the digit."))]
     return draft
@@ -123,7 +123,7 @@ def compare(studio: Studio) -> Draft:
     first, second = studio.two_things()
     if kind == "same_colour" and studio.chance(0.5):
         second = studio.thing(colours=(first.colour,))
-    shots = [one_thing(studio, thing, studio.size(square=0.7, longest_aspect=1.4)) for thing in (first, second)]
+    shots = [one_thing(studio, thing, studio.size(longest_aspect=1.4)) for thing in (first, second)]
     pictures = [studio.photograph(draft, image) for image, _ in shots]
     draft.made_from["pictures"] = [record for _, record in shots]
     position = int(studio.rng.integers(2))
