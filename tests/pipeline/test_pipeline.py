@@ -1,0 +1,105 @@
+"""Promise: the whole chain runs from nothing, ends with a report, keeps finished parts, and goes on after a stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sklearn", reason="the demo's pictures come from the [demo] extra")
+
+PROGRAM = [str(Path(sys.executable).parent / "keye-pipeline"), "pipeline=smoke"]
+RUNS = ["stage0", "stage1", "stage2", "stage3_anneal_a", "stage3_anneal_b", "stage3_anneal_c"]
+
+
+def _run(folder: Path, *overrides: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *overrides], cwd=folder, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the smoke pipeline."""
+    folder = tmp_path_factory.mktemp("chain")
+    done = _run(folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return folder
+
+
+def test_every_part_is_there_and_names_its_parent(chain: Path) -> None:
+    root = chain / "runs" / "smoke"
+    parents = {}
+    for name in RUNS:
+        manifest = json.loads((root / name / "manifest.json").read_text())
+        assert manifest["status"] == "finished"
+        for field in ("recipe_sha256", "seed", "data_fingerprint", "commit", "versions"):
+            assert field in manifest
+        parents[name] = manifest["parent"] and Path(manifest["parent"]["path"]).name
+        assert (root / name / "export" / "model.safetensors").exists()
+    assert parents == {
+        "stage0": None,
+        "stage1": "stage0",
+        "stage2": "stage1",
+        "stage3_anneal_a": "stage2",
+        "stage3_anneal_b": "stage2",
+        "stage3_anneal_c": "stage2",
+    }
+    merged = json.loads((root / "merge" / "manifest.json").read_text())
+    assert len(merged["parents"]) == 3
+
+
+def test_the_report_is_one_page_with_the_table_of_every_model(chain: Path) -> None:
+    page = (chain / "runs" / "smoke" / "report.html").read_text(encoding="utf-8")
+    results = json.loads((chain / "runs" / "smoke" / "evaluation" / "results.json").read_text())
+    names = ["start", *RUNS, "merge"]
+    assert json.dumps(results).count("stage3_anneal_c") >= 1
+    for name in names:
+        assert name in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+
+
+def test_a_second_call_keeps_what_is_finished(chain: Path) -> None:
+    root = chain / "runs" / "smoke"
+    before = {path: path.stat().st_mtime_ns for path in root.glob("*/export/*.safetensors")}
+    done = _run(chain)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in root.glob("*/export/*.safetensors")} == before
+    assert done.stdout.count("already finished, kept") == len(RUNS)
+
+
+def test_an_interrupted_chain_goes_on_to_the_same_weights(chain: Path) -> None:
+    """SIGINT to the whole process group, as a terminal sends it, while stage 0 is training."""
+    out = "out=runs/interrupted"
+    process = subprocess.Popen(
+        [*PROGRAM, out], cwd=chain, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics = chain / "runs" / "interrupted" / "stage0" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 1):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "stage 0 did not start"
+        time.sleep(0.05)
+    os.killpg(process.pid, 2)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Run the same command again" in output
+    stage = [*PROGRAM[:1], "pipeline=smoke", out, "stages.stage3.enabled=false", "merge=[]"]
+    done = subprocess.run(stage, cwd=chain, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("stage0", "stage2"):
+        ours = (chain / "runs" / "interrupted" / name / "export" / "model.safetensors").read_bytes()
+        assert ours == (chain / "runs" / "smoke" / name / "export" / "model.safetensors").read_bytes()
+
+
+def test_a_failing_part_stops_the_chain_and_says_so(chain: Path) -> None:
+    done = _run(chain, "out=runs/broken", "prepare=[keye-data,stats,nowhere-*.tar]")
+    assert done.returncode != 0
+    assert "run the same command again" in done.stderr
+    assert "nowhere-" in done.stdout + done.stderr
