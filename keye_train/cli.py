@@ -160,6 +160,8 @@ def _command(
     )
 
     def composed() -> int:
+        if arguments.recipes is not None:  # the processes that a pipeline starts read the same recipes
+            os.environ[compose.RECIPES_VARIABLE] = str(Path(arguments.recipes).resolve())
         settings = compose.load_settings(schema, primary, arguments.overrides, arguments.recipes)
         if arguments.show:
             print(compose.to_yaml(settings), end="")

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +23,6 @@ from rich.table import Table
 from keye_train import compose, runs
 from keye_train.settings import (
     EvaluationSettings,
-    MergeMethod,
     MergeSettings,
     PipelineRun,
     PipelineSettings,
@@ -65,7 +66,13 @@ def run_pipeline(settings: PipelineSettings) -> int:
     # share a few cores, spinning halves the speed. Read when torch is imported, so it stands before the first import.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     out = Path(settings.out)
-    clock = _Clock(settings)
+    clock = _Clock(settings)  # composes every stage: what cannot work stops here, before any of them has run
+    if settings.merge:
+        merge_settings(settings)
+    evaluation_settings(settings)
+    from keye_train.evaluation import evaluate
+    from keye_train.merging import merge
+
     try:
         if settings.prepare:
             clock.begin("data")
@@ -77,10 +84,10 @@ def run_pipeline(settings: PipelineSettings) -> int:
             clock.end(stage.name, kept=_run_stage(settings, stage))
         if settings.merge:
             clock.begin(MERGE)
-            _merge(settings)
+            merge(merge_settings(settings))
             clock.end(MERGE)
         clock.begin(EVALUATION)
-        results = _evaluate(settings)
+        results = evaluate(evaluation_settings(settings))
         clock.end(EVALUATION)
     except PartFailed as failure:
         if failure.code in (130, 143):
@@ -139,52 +146,63 @@ def _run_stage(settings: PipelineSettings, stage: PipelineRun) -> bool:
 
 
 def _call(part: str, command: list[str]) -> None:
-    """Run a command in the foreground; Ctrl-C reaches it too, and we wait until it has saved its state."""
+    """Run a command in the foreground; on Ctrl-C and SIGTERM it saves its state, and we wait for it.
+
+    Raises:
+        PartFailed: it ended with an error, or a signal stopped it.
+    """
     log.info("%s: %s", part, " ".join(command))
     # Programs of this environment first, whether it is activated or not.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     process = subprocess.Popen(command, env={**os.environ, "PATH": path})
-    while True:
-        try:
-            code = process.wait()
-            break
-        except KeyboardInterrupt:
-            continue  # the child got the signal as well and is saving
+    stopped_by = 0
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped_by
+        stopped_by = number
+        if number == signal.SIGTERM:  # Ctrl-C has reached the whole process group already
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopped_by:  # whatever the code: torchrun leaves with 1 when its ranks have saved and left as asked
+        raise PartFailed(part, 128 + stopped_by)
     if code:
         raise PartFailed(part, 128 - code if code < 0 else code)
 
 
-def _merge(settings: PipelineSettings) -> None:
-    from keye_train.merging import merge
-
+def merge_settings(settings: PipelineSettings) -> MergeSettings:
+    """The settings that ``keye-merge`` gets, checked."""
     out = Path(settings.out)
-    recipe = compose.load_settings(
+    return compose.load_settings(
         MergeSettings,
         "merge",
         [
             f"merge={settings.merge_recipe}",
             f"models=[{','.join(str(out / name) for name in settings.merged_runs())}]",
             f"out={out / MERGE}",
+            *settings.merge_overrides,
         ],
         compose.recipes_folder(),
     )
-    assert recipe.method in MergeMethod
-    merge(recipe)
 
 
-def _evaluate(settings: PipelineSettings) -> Path:
-    from keye_train.evaluation import evaluate
-
+def evaluation_settings(settings: PipelineSettings) -> EvaluationSettings:
+    """The settings that ``keye-eval`` gets, checked."""
     out = Path(settings.out)
     names = [START, *(run.name for run in settings.runs())] + [MERGE] * bool(settings.merge)
-    return evaluate(
-        EvaluationSettings(
-            models=[str(out / name) for name in names],
-            data=stage_settings(settings, settings.runs()[-1]).data,
-            out=str(out / EVALUATION),
-            **settings.evaluation,
-        )
+    wanted = EvaluationSettings(
+        models=[str(out / name) for name in names],
+        data=stage_settings(settings, settings.runs()[-1]).data,
+        out=str(out / EVALUATION),
+        **vars(settings.evaluation),
     )
+    wanted.check()
+    return wanted
 
 
 def _state(settings: PipelineSettings, clock: _Clock) -> dict[str, object]:

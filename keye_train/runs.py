@@ -44,6 +44,18 @@ def write_json_atomic(path: Path, value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+def settle(path: Path) -> None:
+    """Flush a file that a library wrote to the disk, and give it the access rights that the user's umask asks for.
+
+    safetensors writes files that only their owner may read, whatever the umask.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
 def read_json(path: Path) -> Any:
     """Read JSON.
 

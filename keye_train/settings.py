@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import PurePath
-from typing import Any
 
 MODULES = ("vision", "projector", "language", "text_tower")
 
@@ -182,7 +181,7 @@ class DataSettings:
     prefetch_steps: int = 2
     """Steps that the readers work ahead."""
     max_skipped_fraction: float = 0.05
-    """The run stops when more than this share of the samples planned so far could not be read."""
+    """The run stops when more than this share of the samples, over all ranks, could not be read."""
 
 
 @dataclass
@@ -433,6 +432,16 @@ class PipelineRun:
 
 
 @dataclass
+class PipelineEvaluationSettings:
+    """What the pipeline passes on to the evaluation."""
+
+    samples_per_task: int = 100
+    batch_size: int = 32
+    max_new_tokens: int = 48
+    seed: int = 0
+
+
+@dataclass
 class PipelineSettings:
     """The chain stage 0 -> 1 -> 2 -> 3 x K -> merge -> evaluate -> report."""
 
@@ -453,8 +462,9 @@ class PipelineSettings:
     """Words put before ``-m keye_train``, e.g. [torchrun, --nproc-per-node, "8"]; empty: one process."""
     overrides: list[str] = field(default_factory=list)
     """Overrides that every stage gets."""
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    """samples_per_task, batch_size and max_new_tokens of the evaluation."""
+    merge_overrides: list[str] = field(default_factory=list)
+    """Overrides that the merge gets, e.g. ``weights=[0.5,0.3,0.2]`` with merge_recipe=weighted."""
+    evaluation: PipelineEvaluationSettings = field(default_factory=PipelineEvaluationSettings)
 
     def runs(self) -> list[PipelineRun]:
         """Every run in order, with branches written out."""

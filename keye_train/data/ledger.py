@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from keye_train.data.loader import StepData
+from keye_train.data.plan import OVER_BUDGET
 from keye_train.runs import LEDGER, read_jsonl, write_text_atomic
-from keye_train.sample import SampleRef
 
 log = logging.getLogger(__name__)
 
@@ -27,66 +25,93 @@ def ledger_path(run_dir: str | Path, rank: int) -> Path:
 
 def read_ledger(run_dir: str | Path) -> list[dict[str, Any]]:
     """Rows of all ranks of a run, by step."""
+    return sorted((row for path in _paths(run_dir) for row in read_jsonl(path)), key=lambda row: row["step"])
+
+
+def _paths(run_dir: str | Path) -> list[Path]:
     folder, name = Path(run_dir), Path(LEDGER)
-    paths = [folder / name, *sorted(folder.glob(f"{name.stem}.rank*{name.suffix}"))]
-    return sorted((row for path in paths for row in read_jsonl(path)), key=lambda row: row["step"])
+    return [folder / name, *sorted(folder.glob(f"{name.stem}.rank*{name.suffix}"))]
 
 
 class Ledger:
     """Writes one line for each skipped sample: step, source, shard, key, reason."""
 
-    def __init__(self, run_dir: str | Path, rank: int, max_skipped_fraction: float, first_step: int = 0) -> None:
+    def __init__(self, run_dir: str | Path, rank: int, first_step: int = 0) -> None:
         """Open the ledger of one rank.
 
         Args:
             run_dir: folder of the run.
-            rank: who writes.
-            max_skipped_fraction: ``data.max_skipped_fraction``.
+            rank: who writes. Rank 0 also trims the files of ranks that an earlier launch of more processes had.
             first_step: step that comes next. Lines of it and later ones are of a past that a resumed run does not
                 share; they are dropped.
         """
         self.path = ledger_path(run_dir, rank)
-        self._max_skipped_fraction = max_skipped_fraction
-        self._planned = 0
-        self._skipped: Counter[str] = Counter()  # source -> samples
-        kept = [row for row in read_jsonl(self.path) if row["step"] < first_step]
-        write_text_atomic(self.path, "".join(_line(row) for row in kept))
+        others = [path for path in _paths(run_dir) if path != self.path] if rank == 0 else []
+        for path in (self.path, *others):
+            kept = [row for row in read_jsonl(path) if row["step"] < first_step]
+            if path == self.path or len(kept) < len(read_jsonl(path)):
+                write_text_atomic(path, "".join(_line(row) for row in kept))
         self._file = self.path.open("a", encoding="utf-8")
 
     def record(self, data: StepData) -> None:
-        """Write down what a step skipped.
-
-        Raises:
-            ValueError: more than ``data.max_skipped_fraction`` of the samples planned since the start of this process
-                were skipped.
-        """
-        skipped = [*data.dropped, *(entry for pack in data.packs for entry in pack.skipped)]
-        self._planned += len(skipped) + sum(len(pack.refs) for pack in data.packs)
-        self._write(data.step, skipped)
-        self._check()
+        """Write down what a step skipped."""
+        for ref, reason in [*data.dropped, *(entry for pack in data.packs for entry in pack.skipped)]:
+            log.info("step %d skips %s of %s: %s", data.step, ref.key, ref.shard, reason)
+            row = {"step": data.step, "source": ref.source, "shard": ref.shard, "key": ref.key, "reason": reason}
+            self._file.write(_line(row))
+        self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
-    def _write(self, step: int, skipped: Iterable[tuple[SampleRef, str]]) -> None:
-        for ref, reason in skipped:
-            self._skipped[ref.source] += 1
-            log.info("step %d skips %s of %s: %s", step, ref.key, ref.shard, reason)
-            row = {"step": step, "source": ref.source, "shard": ref.shard, "key": ref.key, "reason": reason}
-            self._file.write(_line(row))
-        self._file.flush()
 
-    def _check(self) -> None:
-        total = self._skipped.total()
-        if total < MIN_SKIPPED or total <= self._max_skipped_fraction * self._planned:
-            return
-        by_source = ", ".join(f"{source}: {count}" for source, count in self._skipped.most_common())
-        raise ValueError(
-            f"{total} of {self._planned} samples were skipped ({by_source}), more than data.max_skipped_fraction="
-            f"{self._max_skipped_fraction}. The reasons stand in {self.path}; mend the shards (keye-data check), or "
-            "raise the limit"
-        )
+class SkipLimit:
+    """Stops a run whose data are broken, by sums over all ranks: every rank decides the same at the same step.
+
+    Samples that the index already knows to be unreadable are reported for a whole window at its first step, so they
+    are held against whole windows; what turns out broken on reading is held against what was read. Samples over the
+    budgets do not count: they are a choice of the recipe.
+    """
+
+    def __init__(self, max_skipped_fraction: float, window_samples: int) -> None:
+        self._limit, self._window_samples = max_skipped_fraction, window_samples
+        self._first_window: int | None = None
+        self._unreadable = self._read = self._broken = 0
+
+    def observe(self, unreadable: int, read: int, broken: int, window: int) -> None:
+        """Add one step.
+
+        Args:
+            unreadable: samples of the step's window that its index marks.
+            read: samples read well.
+            broken: samples that could not be read.
+            window: number of the window that the step belongs to.
+
+        Raises:
+            ValueError: more than ``data.max_skipped_fraction`` of the samples since the start of this process were
+                skipped, and at least ``MIN_SKIPPED``.
+        """
+        self._first_window = window if self._first_window is None else self._first_window
+        windows = window - self._first_window + 1
+        self._unreadable += unreadable
+        self._read += read
+        self._broken += broken
+        for skipped, planned in (
+            (self._unreadable, windows * self._window_samples),
+            (self._broken, self._read + self._broken),
+        ):
+            if skipped >= MIN_SKIPPED and skipped > self._limit * planned:
+                raise ValueError(
+                    f"{skipped} of {planned} samples could not be read, more than data.max_skipped_fraction="
+                    f"{self._limit}. The reasons stand in the run's {LEDGER}; mend the shards (keye-data check), or "
+                    "raise the limit"
+                )
+
+
+def unreadable(data: StepData) -> int:
+    """Samples that a step dropped because the index marks them as unreadable, not because they exceed a budget."""
+    return sum(not reason.startswith(OVER_BUDGET) for _, reason in data.dropped)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -24,6 +24,9 @@ from keye_train.settings import Objective, TrainSettings
 
 log = logging.getLogger(__name__)
 
+OVER_BUDGET = "over budget: "
+"""How the reason of a sample begins that exceeds stage.max_tokens or stage.max_patches."""
+
 CostFunction = Callable[[Sizes], np.ndarray]
 """Cost of packs, [N] float64, from what they hold: FLOPs of both towers, in any unit."""
 
@@ -340,7 +343,7 @@ def _over_budget(tokens: int, patches: int, budget: Budget) -> str:
         over.append(f"{tokens} tokens > stage.max_tokens={budget.max_tokens}")
     if patches > budget.max_patches:
         over.append(f"{patches} patches > stage.max_patches={budget.max_patches}")
-    return "over budget: " + ", ".join(over)
+    return OVER_BUDGET + ", ".join(over)
 
 
 def _seed(*parts: object) -> int:

@@ -99,7 +99,7 @@ class _ReaderProcess:
         return result
 
     def terminate(self) -> None:
-        self._process.terminate()
+        self._process.kill()  # SIGTERM is blocked there
 
     def join(self) -> None:
         self._process.join(JOIN_SECONDS)
@@ -111,12 +111,14 @@ class _ReaderProcess:
 
 
 def _start(read: Callable[[Any], Any], processes: int) -> list[_ReaderProcess]:
-    """Start readers that are deaf to Ctrl-C, which reaches the whole process group: the trainer decides when they end.
+    """Start readers that are deaf to SIGINT and SIGTERM: the trainer decides when they end.
 
+    Both reach them past the trainer, from a terminal and from launchers that signal the whole process group, while it
+    still needs the packs of its last step.
     A blocked signal stays blocked in a started process from its first instruction on.
     """
     resource_tracker.ensure_running()  # every start makes sure that it runs, and starting it unblocks the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         return [_ReaderProcess(read, number) for number in range(processes)]
     finally:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from keye_train.model.configuration import KeyeConfig
 from keye_train.model.dual_encoder import DualEncoder
 from keye_train.model.keye import KeyeForConditionalGeneration
-from keye_train.runs import read_json, write_text_atomic
+from keye_train.runs import read_json, settle, write_text_atomic
 from keye_train.settings import TextTowerSettings
 
 WEIGHTS = "model.safetensors"
@@ -206,8 +206,7 @@ def _write_weights(state: NamedTensors, folder: Path, max_shard_bytes: int) -> t
     def flush() -> None:
         part = folder / f"part-{len(shards)}.safetensors"
         save_file(held, part, metadata={"format": "pt"})
-        with part.open("rb") as handle:
-            os.fsync(handle.fileno())
+        settle(part)
         shards.append(list(held))
         held.clear()
 

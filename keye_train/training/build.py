@@ -78,6 +78,8 @@ def check_parent(parent: Path, settings: TrainSettings) -> None:
         ValueError: names the setting and both values.
     """
     theirs, ours = runs.read_json(parent / "config.json"), keye_config(settings.model).to_dict()
+    if "vision_config" not in theirs:
+        raise ValueError(f"parent {parent} is not a Keye export: its config.json has no vision_config")
     vision_theirs, vision_ours = theirs["vision_config"], ours["vision_config"]
     if vision_theirs["num_attention_heads"] != vision_ours["num_attention_heads"]:
         raise ValueError(

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -118,22 +118,23 @@ def save(run_dir: Path, engine: Engine, state: TrainState, world: World, keep: i
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     world.barrier()
-    error: OSError | None = None
+    error: Exception | None = None
     written: dict[str, dict[str, Any]] = {}
     for part, tensors in enumerate(_own_parts(engine, world)):
         if error is None:  # a rank that cannot write still takes part in the gathers of the others
             try:
                 path = aside / f"rank-{world.rank:05d}-{part:03d}.safetensors"
                 save_file(tensors, path)
+                runs.settle(path)
                 written[path.name] = _seal(path)
-            except OSError as caught:
+            except (OSError, SafetensorError) as caught:  # the library wraps a full disk
                 error = caught
     world.require_all(error, f"writing checkpoint {final}")
     runs.write_json_atomic(aside / f"rank-{world.rank:05d}.files.json", written)
     world.barrier()
     if world.is_main:
         _commit(aside, final, state)
-        _delete_old(final.parent, keep)
+        _delete_old(final.parent, state.step, keep)
         logger.info("checkpoint %s written", final)
     world.barrier()
     return final
@@ -196,8 +197,10 @@ def _commit(aside: Path, final: Path, state: TrainState) -> None:
     _sync(final.parent)
 
 
-def _delete_old(folder: Path, keep: int) -> None:
-    for step in _steps(folder)[:-keep]:
+def _delete_old(folder: Path, saved: int, keep: int) -> None:
+    """Keep the newest ``keep``; whatever stands above the one just saved is torn, since the run resumed below it."""
+    steps = _steps(folder)
+    for step in [step for step in steps if step > saved] + [step for step in steps if step <= saved][:-keep]:
         _remove(folder / f"{PREFIX}{step}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -64,15 +65,19 @@ def write_export(engine: Engine, config: KeyeConfig, settings: TrainSettings, ru
 def write_start(settings: TrainSettings, folder: Path) -> Path:
     """Export the model as it stands before any training: what a chain is compared with.
 
-    Its weights come from ``model.start`` and the seed, as those of the first language stage do. Kept when it is there.
+    Its weights come from ``model.start`` and the seed, as those of the first language stage do. Kept when it is there
+    and of the same model and seed.
 
     Returns:
         The export's folder, ``folder / export``.
     """
     export = folder / runs.EXPORT
-    if not (export / "config.json").exists():
+    made_from = {"model": asdict(settings.model), "seed": settings.seed}
+    origin = folder / "origin.json"
+    if not (origin.exists() and runs.read_json(origin) == made_from):
         model = initial_model(settings.model, settings.seed)
         save_export(model.state_dict().items(), model.config, export, extra_files=_tokenizer_files(settings))
+        runs.write_json_atomic(origin, made_from)
     return export
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from keye_train.data.collate import LoadedPack
-from keye_train.data.ledger import Ledger
+from keye_train.data.ledger import Ledger, SkipLimit, unreadable
 from keye_train.data.loader import Loader, StepData
 from keye_train.data.plan import Plan, PlanState, flop_cost
 from keye_train.model import keye_config, module_parameters
@@ -91,6 +91,7 @@ class Trainer:
         self.objective = build.build_objective(settings)
         self.manifest = self._begin_manifest(build.count_parameters(self.objective.model))
         self.engine = self._build_engine(found)
+        self.skip_limit = SkipLimit(settings.data.max_skipped_fraction, settings.data.window_samples)
         self.guard = NonFiniteGuard(self.state.refused_in_a_row, self.state.refused_total)
         self._source_number = {name: number for number, name in enumerate(self.plan.sources)}
         self.meter = LossMeter(self.plan.sources, self.objective.figures, world.device)
@@ -107,7 +108,7 @@ class Trainer:
             self.stage.name,
             self.manifest["recipe"],
         )
-        ledger = Ledger(self.run_dir, self.world.rank, self.settings.data.max_skipped_fraction, self.state.step)
+        ledger = Ledger(self.run_dir, self.world.rank, self.state.step)
         loader = Loader(self.plan, self.processor, self.world.rank, self.world.size, self.settings, position)
         try:
             stopped_by = self._train(loader, ledger, monitor)
@@ -158,16 +159,22 @@ class Trainer:
         """Sizes of the global batch, known before the first forward. Collective: every rank must reach this."""
         items = torch.cat([self._item_sources(pack) for pack in data.packs])
         by_source = torch.bincount(items, minlength=len(self.plan.sources)).tolist()
-        skipped = len(data.dropped) + sum(len(pack.skipped) for pack in data.packs)
+        broken = sum(len(pack.skipped) for pack in data.packs)
         tokens, patches = (sum(getattr(pack, name) for pack in data.packs) for name in ("tokens", "patches"))
         samples = sum(len(pack.refs) for pack in data.packs)
         *sums, interrupts, terminations = self.world.sum_int(
-            [*by_source, tokens, patches, samples, skipped, *self._stop_request.as_flags()]
+            [
+                *by_source,
+                *(tokens, patches, samples, broken, len(data.dropped), unreadable(data)),
+                *self._stop_request.as_flags(),
+            ]
         )
         sources = sums[: len(by_source)]
-        tokens, patches, samples, skipped = sums[len(by_source) :]
+        tokens, patches, samples, broken, dropped, marked = sums[len(by_source) :]
+        after = data.plan_state_after
+        self.skip_limit.observe(marked, samples, broken, window=after.window - (after.batch == 0))
         stop = StopRequest.from_flags(interrupts, terminations)
-        return Counts(sum(sources), tokens, patches, samples, skipped, stop, sources)
+        return Counts(sum(sources), tokens, patches, samples, broken + dropped, stop, sources)
 
     def _step(self, data: StepData, counts: Counts) -> tuple[dict[str, float], Outcome]:
         """Forward and backward of every micro-batch, then the update."""

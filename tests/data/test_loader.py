@@ -18,7 +18,7 @@ from toy_shards import Members, mixed_samples, picture, toy_settings
 from data_tools.shards import sample_key, write_shard
 from keye_train.data.corpus import Sizes
 from keye_train.data.index import index_path
-from keye_train.data.ledger import Ledger, read_ledger
+from keye_train.data.ledger import Ledger, SkipLimit, read_ledger
 from keye_train.data.loader import Loader, StepData
 from keye_train.data.plan import Plan, PlanState
 from keye_train.data.reader import offsets_path
@@ -143,7 +143,7 @@ def test_each_planned_sample_is_trained_on_or_in_the_ledger(
     tmp_path: Path, make_shard: MakeShard, tokenizer_dir: Path
 ) -> None:
     settings = toy_settings(broken_source(tmp_path, make_shard), tokenizer_dir, window_samples=20, steps=1000)
-    ledger = Ledger(tmp_path / "run", 0, max_skipped_fraction=1.0)
+    ledger = Ledger(tmp_path / "run", 0)
     steps = []
     with make_loader(settings) as loader:
         for step in loader:
@@ -183,14 +183,15 @@ def test_a_pack_without_a_good_sample_still_goes_to_the_model(
                 assert pack.inputs.text_ids.shape == (0, 16)
 
 
-def test_too_many_bad_samples_stop_the_run(tmp_path: Path, make_shard: MakeShard, tokenizer_dir: Path) -> None:
-    broken = [{"jpg": picture(100, 100, number)[:-4000], "txt": b"x"} for number in range(8)]
-    sources = {"bad": SourceSettings([str(make_shard(tmp_path / "a.tar", broken))])}
-    steps = read_all(toy_settings(sources, tokenizer_dir, steps=1))
-    ledger = Ledger(tmp_path / "run", 0, max_skipped_fraction=0.05)
-    with pytest.raises(ValueError, match=r"samples were skipped \(bad: .*data\.max_skipped_fraction=0\.05"):
-        ledger.record(steps[0])
-    assert len(read_ledger(tmp_path / "run")) == len(steps[0].packs[0].skipped) * 4
+def test_too_many_bad_samples_stop_the_run() -> None:
+    limit = SkipLimit(0.05, window_samples=1000)
+    for step in range(10):  # 40 of a window of 1,000 are marked by the index: fine, though its first step reads but 20
+        limit.observe(unreadable=40 if step == 0 else 0, read=20, broken=1 if step == 3 else 0, window=7)
+    with pytest.raises(ValueError, match=r"60 of 1000 samples could not be read.*data\.max_skipped_fraction=0\.05"):
+        limit.observe(unreadable=20, read=20, broken=0, window=7)
+    limit = SkipLimit(0.05, window_samples=1000)
+    with pytest.raises(ValueError, match=r"10 of 30 samples could not be read"):
+        limit.observe(unreadable=0, read=20, broken=10, window=0)
 
 
 def test_a_resumed_ledger_forgets_the_steps_that_are_done_again(
@@ -198,12 +199,12 @@ def test_a_resumed_ledger_forgets_the_steps_that_are_done_again(
 ) -> None:
     settings = toy_settings(broken_source(tmp_path, make_shard), tokenizer_dir, window_samples=20)
     steps = read_all(settings)
-    ledger = Ledger(tmp_path / "run", 0, 1.0)
+    ledger = Ledger(tmp_path / "run", 0)
     for step in steps:
         ledger.record(step)
     ledger.close()
     whole = read_ledger(tmp_path / "run")
-    again = Ledger(tmp_path / "run", 0, 1.0, first_step=3)
+    again = Ledger(tmp_path / "run", 0, first_step=3)
     assert [row for row in whole if row["step"] < 3] == read_ledger(tmp_path / "run")
     for step in steps[3:]:
         again.record(step)
