@@ -1,0 +1,1 @@
+"""Commands that measure; `make bench` runs all of them and writes dated files under benchmarks/results."""
