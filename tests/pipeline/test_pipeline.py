@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -74,28 +75,39 @@ def test_a_second_call_keeps_what_is_finished(chain: Path) -> None:
     assert done.stdout.count("already finished, kept") == len(RUNS)
 
 
-def test_an_interrupted_chain_goes_on_to_the_same_weights(chain: Path) -> None:
-    """SIGINT to the whole process group, as a terminal sends it, while stage 0 is training."""
-    out = "out=runs/interrupted"
+def _interrupt(folder: Path, *overrides: str) -> str:
+    """Start a chain, send SIGINT to its process group, as a terminal does, while stage 0 trains; what it printed."""
+    command = [*PROGRAM, "out=runs/interrupted", *overrides]
     process = subprocess.Popen(
-        [*PROGRAM, out], cwd=chain, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=folder, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    metrics = chain / "runs" / "interrupted" / "stage0" / "metrics.jsonl"
+    metrics = folder / "runs" / "interrupted" / "stage0" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 1):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "stage 0 did not start"
         time.sleep(0.05)
-    os.killpg(process.pid, 2)
-    output, _ = process.communicate(timeout=60)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=90)
     assert process.returncode == 130, output
     assert "Run the same command again" in output
-    stage = [*PROGRAM[:1], "pipeline=smoke", out, "stages.stage3.enabled=false", "merge=[]"]
-    done = subprocess.run(stage, cwd=chain, capture_output=True, text=True, timeout=280, check=False)
+    return output
+
+
+def test_an_interrupted_chain_goes_on_to_the_same_weights(chain: Path) -> None:
+    _interrupt(chain)
+    done = _run(chain, "out=runs/interrupted", "stages.stage3.enabled=false", "merge=[]")
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("stage0", "stage2"):
         ours = (chain / "runs" / "interrupted" / name / "export" / "model.safetensors").read_bytes()
         assert ours == (chain / "runs" / "smoke" / name / "export" / "model.safetensors").read_bytes()
+
+
+def test_an_interrupt_behind_a_launcher_is_not_taken_for_a_failure(tmp_path: Path, chain: Path) -> None:
+    (tmp_path / "data").symlink_to(chain / "data")
+    output = _interrupt(tmp_path, 'launcher=[torchrun,--standalone,--nproc-per-node,"2"]')
+    assert "mend the cause" not in output
+    assert list((tmp_path / "runs" / "interrupted" / "stage0" / "checkpoints").glob("step-*"))
 
 
 def test_a_failing_part_stops_the_chain_and_says_so(chain: Path) -> None:
