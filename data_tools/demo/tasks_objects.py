@@ -11,7 +11,7 @@ from data_tools.demo.studio import Draft, Studio, Thing
 
 COUNT_MAX = 5
 CELL = 28  # pixels; grounding and counting place objects on a grid whose cells are language tokens
-GRIDS = ((3, 3), (3, 3), (3, 2), (2, 3), (4, 3), (3, 4))  # grounding: columns, rows
+GRIDS = ((2, 2), (3, 2), (2, 3), (3, 3))  # grounding: columns, rows
 COORDINATES = 1000  # boxes and points are integers in [0, 1000)
 
 
@@ -86,13 +86,13 @@ def normalised(box: Box, size: tuple[int, int]) -> list[int]:
 
 
 def ground(studio: Studio) -> Draft:
-    """Where an object is, as a box or a point; half of the pictures hold a second object.
+    """Where an object is, as a box or a point; a quarter of the pictures hold a second object.
 
     An object fills one cell of a coarse grid, so that few coordinates occur.
     """
     columns, rows = studio.pick(GRIDS)
     size = (columns * CELL, rows * CELL)
-    things = studio.two_things() if studio.chance(0.5) else (studio.thing(),)
+    things = studio.two_things() if studio.chance(0.25) else (studio.thing(),)
     cells = studio.rng.permutation(columns * rows)[: len(things)].tolist()
     image, backdrop = studio.backdrop(size, [thing.rgb for thing in things])
     drawn = []
