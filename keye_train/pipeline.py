@@ -67,7 +67,7 @@ def run_pipeline(settings: PipelineSettings) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     out = Path(settings.out)
     clock = _Clock(settings)  # composes every stage: what cannot work stops here, before any of them has run
-    if settings.merge:
+    if settings.merged:
         merge_settings(settings)
     evaluation_settings(settings)
     from keye_train.evaluation import evaluate
@@ -82,7 +82,7 @@ def run_pipeline(settings: PipelineSettings) -> int:
         for stage in settings.runs():
             clock.begin(stage.name)
             clock.end(stage.name, kept=_run_stage(settings, stage))
-        if settings.merge:
+        if settings.merged:
             clock.begin(MERGE)
             merge(merge_settings(settings))
             clock.end(MERGE)
@@ -194,7 +194,7 @@ def merge_settings(settings: PipelineSettings) -> MergeSettings:
 def evaluation_settings(settings: PipelineSettings) -> EvaluationSettings:
     """The settings that ``keye-eval`` gets, checked."""
     out = Path(settings.out)
-    names = [START, *(run.name for run in settings.runs())] + [MERGE] * bool(settings.merge)
+    names = [START, *(run.name for run in settings.runs())] + [MERGE] * bool(settings.merged)
     wanted = EvaluationSettings(
         models=[str(out / name) for name in names],
         data=stage_settings(settings, settings.runs()[-1]).data,
@@ -226,7 +226,7 @@ class _Clock:
         for stage in settings.runs():
             wanted = stage_settings(settings, stage)
             work[stage.name] = float(wanted.stage.steps * wanted.stage.global_batch_packs * wanted.stage.max_patches)
-        self._left = ["data"] * bool(settings.prepare) + list(work) + [MERGE] * bool(settings.merge) + [EVALUATION]
+        self._left = ["data"] * bool(settings.prepare) + list(work) + [MERGE] * bool(settings.merged) + [EVALUATION]
         self._work = work
         self._number = len(self._left)
 

@@ -453,7 +453,7 @@ class PipelineSettings:
     """Recipe of the group ``data``."""
     stages: dict[str, PipelineStageSettings]
     """Name -> entry, in the order in which they run."""
-    merge: list[str]
+    merged: list[str]
     """Entries whose exports are averaged; one with branches stands for all of them. Empty: no merge."""
     merge_recipe: str = "uniform"
     prepare: list[str] = field(default_factory=list)
@@ -472,7 +472,7 @@ class PipelineSettings:
 
     def merged_runs(self) -> list[str]:
         """Names of the runs that are averaged."""
-        return [run.name for name in self.merge for run in self._runs_of(name)]
+        return [run.name for name in self.merged for run in self._runs_of(name)]
 
     def _runs_of(self, name: str) -> list[PipelineRun]:
         entry = self.stages[name]
@@ -487,11 +487,11 @@ class PipelineSettings:
 
     def check(self) -> None:
         """Raise SettingsError for values that cannot work together."""
-        for name in self.merge:
+        for name in self.merged:
             if name not in self.stages:
-                raise SettingsError(f"merge: '{name}' is not an entry of stages; entries: {list(self.stages)}")
+                raise SettingsError(f"merged: '{name}' is not an entry of stages; entries: {list(self.stages)}")
         if len(self.merged_runs()) == 1:
-            raise SettingsError(f"merge={self.merge}: name at least two runs to average, or none")
+            raise SettingsError(f"merged={self.merged}: name at least two runs to average, or none")
         names: list[str] = []
         for run in self.runs():
             if run.name in names:

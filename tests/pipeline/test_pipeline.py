@@ -96,7 +96,7 @@ def _interrupt(folder: Path, *overrides: str) -> str:
 
 def test_an_interrupted_chain_goes_on_to_the_same_weights(chain: Path) -> None:
     _interrupt(chain)
-    done = _run(chain, "out=runs/interrupted", "stages.stage3.enabled=false", "merge=[]")
+    done = _run(chain, "out=runs/interrupted", "stages.stage3.enabled=false", "merged=[]")
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("stage0", "stage2"):
         ours = (chain / "runs" / "interrupted" / name / "export" / "model.safetensors").read_bytes()
