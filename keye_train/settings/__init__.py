@@ -1,0 +1,70 @@
+"""The typed settings behind every recipe, and their cross-checks.
+
+A recipe is YAML under ``recipes/``; ``keye_train.compose`` turns it, with the overrides of the command line, into
+the dataclasses below. Unknown keys and wrong types are refused there; pairs of values that cannot work together are
+refused here, in ``check``. No other module reads YAML, and this one imports nothing heavy.
+
+Units stand in the names: ``_tokens`` are tokens of the language model (one token = 2 x 2 patches = 28 x 28 pixels),
+``_patches`` are patches of the vision tower (14 x 14 pixels), ``_steps`` are optimizer steps.
+"""
+
+from keye_train.settings.basics import MODULES, MergeMethod, Objective, Precision, ScheduleShape, SettingsError
+from keye_train.settings.data import DataSettings, ResolutionSettings, SourceSettings
+from keye_train.settings.model import (
+    LanguageModelSettings,
+    ModelSettings,
+    SpecialTokenSettings,
+    StartWeightsSettings,
+    TextTowerSettings,
+    VisionTowerSettings,
+)
+from keye_train.settings.tasks import (
+    EvaluationSettings,
+    MergeSettings,
+    PipelineEvaluationSettings,
+    PipelineRun,
+    PipelineSettings,
+    PipelineStageSettings,
+)
+from keye_train.settings.training import (
+    CheckpointSettings,
+    DeepSpeedSettings,
+    LoggingSettings,
+    ModuleRateSettings,
+    OptimizerSettings,
+    ScheduleSettings,
+    StageSettings,
+    TrainSettings,
+)
+
+__all__ = [
+    "MODULES",
+    "CheckpointSettings",
+    "DataSettings",
+    "DeepSpeedSettings",
+    "EvaluationSettings",
+    "LanguageModelSettings",
+    "LoggingSettings",
+    "MergeMethod",
+    "MergeSettings",
+    "ModelSettings",
+    "ModuleRateSettings",
+    "Objective",
+    "OptimizerSettings",
+    "PipelineEvaluationSettings",
+    "PipelineRun",
+    "PipelineSettings",
+    "PipelineStageSettings",
+    "Precision",
+    "ResolutionSettings",
+    "ScheduleSettings",
+    "ScheduleShape",
+    "SettingsError",
+    "SourceSettings",
+    "SpecialTokenSettings",
+    "StageSettings",
+    "StartWeightsSettings",
+    "TextTowerSettings",
+    "TrainSettings",
+    "VisionTowerSettings",
+]

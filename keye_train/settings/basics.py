@@ -1,0 +1,41 @@
+"""The error and the choices that all settings share."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+MODULES = ("vision", "projector", "language", "text_tower")
+
+
+class SettingsError(ValueError):
+    """A setting that cannot work; the message names the setting and the way to mend it."""
+
+
+class Objective(str, Enum):
+    """What a stage minimises."""
+
+    language = "language"  # next-token cross entropy on assistant turns
+    contrastive = "contrastive"  # SigLIP loss between the vision tower and a text tower (Stage 0)
+
+
+class ScheduleShape(str, Enum):
+    """Shape of the learning rate after the linear warm-up."""
+
+    cosine = "cosine"
+    wsd = "wsd"  # warm-up, stable, decay (linear over the last ``decay_steps``)
+    constant = "constant"
+
+
+class Precision(str, Enum):
+    """Arithmetic of forward and backward."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"  # bf16 weights, fp32 master weights in the ZeRO optimizer
+    bf16_autocast = "bf16_autocast"  # fp32 weights, bf16 matrix products
+
+
+class MergeMethod(str, Enum):
+    """How checkpoints are averaged."""
+
+    uniform = "uniform"
+    weighted = "weighted"

@@ -1,0 +1,83 @@
+"""The data: sources, mixtures, resolution and readers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from keye_train.settings.basics import SettingsError
+
+
+@dataclass
+class ResolutionSettings:
+    """How many tokens an image or a video may take. The size of any media follows from these without decoding it."""
+
+    image_min_tokens: int = 4
+    image_max_tokens: int = 16384
+    video_frame_min_tokens: int = 128
+    video_frame_max_tokens: int = 768
+    video_max_tokens: int = 24576
+    video_fps: float = 2.0
+    video_min_frames: int = 4
+    video_max_frames: int = 768
+
+
+@dataclass
+class SourceSettings:
+    """One named set of shards."""
+
+    shards: list[str]
+    """Paths or glob patterns of WebDataset .tar files; each has its index beside it (``keye-data index``)."""
+
+
+@dataclass
+class DataSettings:
+    """Sources, how they are mixed, and how they are read."""
+
+    name: str
+    root: str
+    """Folder of the data; the paths below are written as ``${data.root}/...``, so one override moves them all."""
+    sources: dict[str, SourceSettings]
+    mixtures: dict[str, dict[str, float]]
+    """Name of a mixture -> source -> weight. Weights are shares of the samples drawn; they need not sum to 1."""
+    heldout: dict[str, SourceSettings] = field(default_factory=dict)
+    """Task -> shards that no stage trains on; ``keye-eval`` generates on them."""
+    heldout_pairs: SourceSettings | None = None
+    """Image-caption pairs for the retrieval score of Stage 0."""
+    resolution: ResolutionSettings = field(default_factory=ResolutionSettings)
+    window_samples: int = 65536
+    """Samples drawn, as metadata only, before they are packed together."""
+    workers: int = 2
+    """Reader processes for each rank; 0 reads in the training process."""
+    prefetch_steps: int = 2
+    """Steps that the readers work ahead."""
+    max_skipped_fraction: float = 0.05
+    """The run stops when more than this share of the samples, over all ranks, could not be read."""
+
+
+def check_data(data: DataSettings) -> None:
+    """Raise SettingsError for values that cannot work together."""
+    for mixture, weights in data.mixtures.items():
+        for source, weight in weights.items():
+            if source not in data.sources:
+                raise SettingsError(
+                    f"data.mixtures.{mixture} names the source '{source}', which data.sources does not have; "
+                    f"sources: {sorted(data.sources)}"
+                )
+            if weight < 0:
+                raise SettingsError(f"data.mixtures.{mixture}.{source}={weight}: weights are >= 0")
+        if not any(weight > 0 for weight in weights.values()):
+            raise SettingsError(f"data.mixtures.{mixture} has no source with a weight above 0")
+    resolution = data.resolution
+    pairs = (
+        ("image_min_tokens", "image_max_tokens"),
+        ("video_frame_min_tokens", "video_frame_max_tokens"),
+        ("video_frame_min_tokens", "video_max_tokens"),
+        ("video_min_frames", "video_max_frames"),
+    )
+    for low, high in pairs:
+        if not 0 < getattr(resolution, low) <= getattr(resolution, high):
+            raise SettingsError(f"data.resolution.{low} must be above 0 and at most data.resolution.{high}")
+    if resolution.video_fps <= 0:
+        raise SettingsError("data.resolution.video_fps must be above 0")
+    if data.window_samples < 1 or data.prefetch_steps < 1 or data.workers < 0:
+        raise SettingsError("data.window_samples and data.prefetch_steps are at least 1, data.workers at least 0")

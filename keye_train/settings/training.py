@@ -1,0 +1,209 @@
+"""One run of ``keye-train``: stage, optimizer, engine, checkpoints, logging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from keye_train.settings.basics import MODULES, Objective, Precision, ScheduleShape, SettingsError
+from keye_train.settings.data import DataSettings, check_data
+from keye_train.settings.model import ModelSettings, check_model
+
+
+@dataclass
+class ModuleRateSettings:
+    """Learning rates of single modules; null takes ``optimizer.lr``."""
+
+    vision: float | None = None
+    projector: float | None = None
+    language: float | None = None
+    text_tower: float | None = None
+
+
+@dataclass
+class OptimizerSettings:
+    """AdamW and its parameter groups."""
+
+    lr: float = 1e-5
+    module_lr: ModuleRateSettings = field(default_factory=ModuleRateSettings)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    """Applied to matrices only: never to norms, biases and one-dimensional parameters."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    def rate(self, module: str) -> float:
+        """Learning rate of ``module`` before the schedule."""
+        own = getattr(self.module_lr, module)
+        return self.lr if own is None else own
+
+
+@dataclass
+class ScheduleSettings:
+    """Learning rate over the steps, as a factor of each group's own rate."""
+
+    shape: ScheduleShape = ScheduleShape.cosine
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    """Length of the decay at the end; wsd only."""
+    final_fraction: float = 0.1
+    """Factor at the last step."""
+
+
+@dataclass
+class StageSettings:
+    """One stage of training."""
+
+    name: str
+    objective: Objective
+    trainable: list[str]
+    """Modules that train (vision, projector, language, text_tower); everything else is frozen."""
+    mixture: str
+    """Name of a mixture of the data recipe."""
+    steps: int
+    max_tokens: int
+    """Budget of language tokens (Stage 0: caption tokens) of a pack."""
+    max_patches: int
+    """Budget of vision patches of a pack."""
+    global_batch_packs: int
+    """Packs of one optimizer step over all ranks; accumulation = global_batch_packs / world size."""
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    activation_checkpointing: bool = False
+
+
+@dataclass
+class DeepSpeedSettings:
+    """How the training state is spread over the ranks."""
+
+    zero_stage: int = 3
+    precision: Precision = Precision.bf16
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    overlap_comm: bool = True
+    bucket_elements: int = 500_000_000
+    """Size of the reduce and all-gather buckets."""
+    param_persistence_threshold: int = 100_000
+    """ZeRO-3: parameters smaller than this stay whole on every rank."""
+    timeout_minutes: float = 30.0
+    """Deadline of a collective."""
+
+
+@dataclass
+class LoggingSettings:
+    """Where the numbers of each step go. metrics.jsonl is always written."""
+
+    every_steps: int = 1
+    progress: bool = True
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "keye_train"
+
+
+@dataclass
+class CheckpointSettings:
+    """When the state of the training is saved."""
+
+    every_steps: int = 500
+    keep: int = 2
+    """Newest checkpoints kept; older ones are deleted once a newer one is whole."""
+
+
+@dataclass
+class TrainSettings:
+    """One run of ``keye-train``: one stage of one model on one data recipe."""
+
+    stage: StageSettings
+    model: ModelSettings
+    data: DataSettings
+    deepspeed: DeepSpeedSettings
+    logging: LoggingSettings
+    run_dir: str
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    parent: str | None = None
+    """Run folder or export of the stage before; null: first weights from ``model.start``."""
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise SettingsError for values that cannot work together."""
+        check_model(self.model)
+        check_data(self.data)
+        _check_stage(self.stage, self.data)
+        if self.deepspeed.zero_stage not in (0, 1, 2, 3):
+            raise SettingsError(f"deepspeed.zero_stage={self.deepspeed.zero_stage}: use 0, 1, 2 or 3")
+        if self.deepspeed.zero_stage == 0 and self.deepspeed.precision == Precision.bf16:
+            raise SettingsError(
+                "deepspeed.zero_stage=0 keeps no fp32 master weights, so deepspeed.precision=bf16 would lose small "
+                "updates: use deepspeed.precision=bf16_autocast, or deepspeed=zero1"
+            )
+        if self.deepspeed.offload_parameters and self.deepspeed.zero_stage != 3:
+            raise SettingsError("deepspeed.offload_parameters=true needs deepspeed.zero_stage=3")
+        if self.deepspeed.offload_optimizer and self.deepspeed.zero_stage == 0:
+            raise SettingsError("deepspeed.offload_optimizer=true needs deepspeed.zero_stage=1, 2 or 3")
+        if self.checkpoint.every_steps < 1 or self.checkpoint.keep < 1:
+            raise SettingsError("checkpoint.every_steps and checkpoint.keep must be at least 1")
+        if self.logging.every_steps < 1:
+            raise SettingsError("logging.every_steps must be at least 1")
+        if self.parent is None and not self.model.start.random:
+            _check_start_weights(self)
+
+    def gradient_accumulation(self, world_size: int) -> int:
+        """Micro-steps of one optimizer step on ``world_size`` ranks.
+
+        Raises:
+            SettingsError: the global batch cannot be divided evenly over the ranks.
+        """
+        packs = self.stage.global_batch_packs
+        if packs % world_size:
+            raise SettingsError(
+                f"stage.global_batch_packs={packs} does not divide over {world_size} ranks: set it to a multiple of "
+                f"{world_size} or launch a number of ranks that divides {packs}"
+            )
+        return packs // world_size
+
+
+def _check_stage(stage: StageSettings, data: DataSettings) -> None:
+    if not stage.trainable:
+        raise SettingsError(f"stage.trainable is empty: name at least one of {MODULES}")
+    for name in stage.trainable:
+        if name not in MODULES:
+            raise SettingsError(f"stage: unknown module '{name}'; modules: {MODULES}")
+    for name, rate in vars(stage.optimizer.module_lr).items():
+        if rate is not None and name not in stage.trainable:
+            raise SettingsError(f"stage.optimizer.module_lr.{name} has no effect: '{name}' is not in stage.trainable")
+    allowed = ("vision", "text_tower") if stage.objective == Objective.contrastive else MODULES[:3]
+    for name in stage.trainable:
+        if name not in allowed:
+            raise SettingsError(
+                f"stage.trainable has '{name}', which objective={stage.objective.value} does not use: "
+                f"choose from {allowed}"
+            )
+    if stage.mixture not in data.mixtures:
+        raise SettingsError(
+            f"stage.mixture={stage.mixture} is not a mixture of data={data.name}; mixtures: {sorted(data.mixtures)}"
+        )
+    if min(stage.steps, stage.max_tokens, stage.global_batch_packs) < 1 or stage.max_patches < 4:
+        raise SettingsError("stage.steps, max_tokens, global_batch_packs are at least 1 and max_patches at least 4")
+    if stage.schedule.warmup_steps + stage.schedule.decay_steps > stage.steps:
+        raise SettingsError(
+            f"stage.schedule: warmup_steps={stage.schedule.warmup_steps} + decay_steps={stage.schedule.decay_steps} "
+            f"exceed stage.steps={stage.steps}"
+        )
+    if stage.schedule.shape == ScheduleShape.wsd and stage.schedule.decay_steps < 1:
+        raise SettingsError("stage.schedule.shape=wsd needs stage.schedule.decay_steps >= 1")
+    if stage.schedule.shape != ScheduleShape.wsd and stage.schedule.decay_steps:
+        raise SettingsError("stage.schedule.decay_steps has an effect with stage.schedule.shape=wsd only")
+    if len(stage.optimizer.betas) != 2:
+        raise SettingsError("stage.optimizer.betas has two numbers")
+
+
+def _check_start_weights(settings: TrainSettings) -> None:
+    start = settings.model.start
+    needed = ["siglip"] if settings.stage.objective == Objective.contrastive else ["siglip", "qwen3"]
+    missing = [name for name in needed if getattr(start, name) is None]
+    if missing:
+        raise SettingsError(
+            f"nothing to start {settings.stage.name} from: set parent=<run of the stage before>, or "
+            + " and ".join(f"model.start.{name}=<folder>" for name in missing)
+            + ", or model.start.random=true for a toy model"
+        )
