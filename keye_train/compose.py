@@ -55,6 +55,8 @@ def compose_recipe(primary: str, overrides: Sequence[str], recipes: str | None =
         with context:
             return compose(primary, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: stage=9 and the like
+        if isinstance(error, ValueError) and not isinstance(error, OmegaConfBaseException):
+            raise SettingsError(f"{' '.join(overrides)}: {error}; recipes have names, see --help") from error
         raise SettingsError(_readable(error)) from error
 
 
