@@ -85,6 +85,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def keep_rows_until(path: Path, step: int) -> None:
+    """Drop rows of a JSON-lines file whose ``step`` is above ``step``, and a last line cut off by a crash."""
+    if not path.exists():
+        return
+    rows = [row for row in read_jsonl(path) if row["step"] <= step]
+    write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 def export_dir(path: str | Path) -> Path:
     """The export that ``path``, a run folder or an export, stands for.
 

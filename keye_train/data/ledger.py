@@ -9,7 +9,7 @@ from typing import Any
 
 from keye_train.data.loader import StepData
 from keye_train.data.plan import OVER_BUDGET
-from keye_train.runs import LEDGER, read_jsonl, write_text_atomic
+from keye_train.runs import LEDGER, keep_rows_until, read_jsonl
 
 log = logging.getLogger(__name__)
 
@@ -36,21 +36,23 @@ def _paths(run_dir: str | Path) -> list[Path]:
 class Ledger:
     """Writes one line for each skipped sample: step, source, shard, key, reason."""
 
-    def __init__(self, run_dir: str | Path, rank: int, first_step: int = 0) -> None:
+    def __init__(self, run_dir: str | Path, rank: int, world_size: int = 1, first_step: int = 0) -> None:
         """Open the ledger of one rank.
 
         Args:
             run_dir: folder of the run.
-            rank: who writes. Rank 0 also trims the files of ranks that an earlier launch of more processes had.
+            rank: who writes.
+            world_size: ranks of this launch. Rank 0 also trims the files of ranks that only an earlier launch had;
+                those of its own launch are open in their processes.
             first_step: step that comes next. Lines of it and later ones are of a past that a resumed run does not
                 share; they are dropped.
         """
         self.path = ledger_path(run_dir, rank)
-        others = [path for path in _paths(run_dir) if path != self.path] if rank == 0 else []
-        for path in (self.path, *others):
-            kept = [row for row in read_jsonl(path) if row["step"] < first_step]
-            if path == self.path or len(kept) < len(read_jsonl(path)):
-                write_text_atomic(path, "".join(_line(row) for row in kept))
+        running = {ledger_path(run_dir, other) for other in range(world_size)}
+        gone = [path for path in _paths(run_dir) if path not in running] if rank == 0 else []
+        for path in (self.path, *gone):
+            keep_rows_until(path, first_step - 1)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a", encoding="utf-8")
 
     def record(self, data: StepData) -> None:

@@ -52,7 +52,7 @@ class Monitor:
         self._progress: Progress | None = None
         if not is_main:
             return
-        keep_rows_until(run_dir / runs.METRICS, first_step)
+        runs.keep_rows_until(run_dir / runs.METRICS, first_step)
         self._jsonl = (run_dir / runs.METRICS).open("a", encoding="utf-8")
         if settings.tensorboard:
             self._tensorboard = _open_tensorboard(run_dir, first_step)
@@ -121,14 +121,6 @@ class Progress:
         """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
-
-
-def keep_rows_until(path: Path, step: int) -> None:
-    """Drop rows of a JSON-lines file whose ``step`` is above ``step``, and a last line cut off by a crash."""
-    if not path.exists():
-        return
-    rows = [row for row in runs.read_jsonl(path) if row["step"] <= step]
-    runs.write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _open_tensorboard(run_dir: Path, first_step: int) -> Any:

@@ -108,7 +108,7 @@ class Trainer:
             self.stage.name,
             self.manifest["recipe"],
         )
-        ledger = Ledger(self.run_dir, self.world.rank, self.state.step)
+        ledger = Ledger(self.run_dir, self.world.rank, self.world.size, self.state.step)
         loader = Loader(self.plan, self.processor, self.world.rank, self.world.size, self.settings, position)
         try:
             stopped_by = self._train(loader, ledger, monitor)
