@@ -43,7 +43,7 @@ from keye_train.runs import read_json, write_json_atomic
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Goes up whenever the same seed would give other samples."""
 
 SHARD_SAMPLES = 500
@@ -58,27 +58,29 @@ MAKERS: dict[str, Callable[[Studio], Draft]] = {
     "text": tasks_words.text,
     "video": tasks_video.video,
     "pairs_objects": pairs.pairs_objects,
+    "pairs_places": pairs.pairs_places,
     "pairs_digits": pairs.pairs_digits,
     "pairs_words": pairs.pairs_words,
     "pairs_photos": pairs.pairs_photos,
 }
 TRAIN_SAMPLES = {
     "shape": 3500,
-    "digit": 5000,
-    "count": 1800,
-    "ground": 2300,
+    "digit": 8000,
+    "count": 3000,
+    "ground": 5000,
     "compare": 1500,
     "caption": 1500,
     "ocr": 2500,
     "text": 2000,
     "video": 1200,
     "pairs_objects": 4500,
-    "pairs_digits": 2000,
+    "pairs_places": 5000,
+    "pairs_digits": 6000,
     "pairs_words": 1200,
     "pairs_photos": 500,
 }
 HELDOUT_SAMPLES = 120  # of each task
-HELDOUT_PAIRS = {"pairs_objects": 108, "pairs_digits": 72, "pairs_words": 40, "pairs_photos": 20}
+HELDOUT_PAIRS = {"pairs_objects": 78, "pairs_places": 50, "pairs_digits": 72, "pairs_words": 30, "pairs_photos": 10}
 LEAST_SAMPLES = 16  # of a task, however small the scale
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_tools.demo.canvas import COLOURS, INKS, LEAST_CONTRAST, PAPERS, contrast
 from data_tools.demo.studio import Draft, Studio
-from data_tools.demo.tasks_objects import one_digit, place
+from data_tools.demo.tasks_objects import GRIDS, on_grid, one_digit, place
 from data_tools.demo.tasks_words import (
     CAPTIONED,
     CHINESE_WORDS,
@@ -23,6 +23,9 @@ from data_tools.demo.tasks_words import (
 )
 
 DIGIT_PAPERS = ("white", "yellow", "cyan")
+# Words for the rows and columns of a grid of two or three; the middle needs none.
+ROWS = {2: ("top", "bottom"), 3: ("top", "", "bottom")}
+COLUMNS = {2: ("left", "right"), 3: ("left", "", "right")}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -52,6 +55,19 @@ def pairs_objects(studio: Studio) -> Draft:
         words = studio.pick(("{} on {}", "{} on a {} ground")).format(article(thing.name), paper)
     drawn = thing.draw(image, place(studio, size, 0.75, 0.9), outline=kind == "photo")
     return _pair(studio, "objects", image, words, {"objects": [drawn], "backdrop": backdrop})
+
+
+def pairs_places(studio: Studio) -> Draft:
+    """One or two objects on a coarse grid and the words for their places, as ``ground`` asks for them in numbers."""
+    columns, rows = studio.pick(GRIDS)
+    things = studio.two_things() if studio.chance(0.25) else (studio.thing(),)
+    image, record, cells = on_grid(studio, things, columns, rows)
+    places = [
+        " ".join(word for word in (ROWS[rows][cell // columns], COLUMNS[columns][cell % columns]) if word) or "middle"
+        for cell in cells
+    ]
+    words = [f"{article(thing.name)} at the {place}" for thing, place in zip(things, places, strict=True)]
+    return _pair(studio, "places", image, " and ".join(words), record)
 
 
 def pairs_digits(studio: Studio) -> Draft:

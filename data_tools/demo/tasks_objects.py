@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
@@ -85,21 +86,30 @@ def normalised(box: Box, size: tuple[int, int]) -> list[int]:
     return [min(COORDINATES - 1, round(edge * COORDINATES / length)) for edge, length in zip(box, lengths, strict=True)]
 
 
-def ground(studio: Studio) -> Draft:
-    """Where an object is, as a box or a point; a quarter of the pictures hold a second object.
+def on_grid(
+    studio: Studio, things: Sequence[Thing], columns: int, rows: int
+) -> tuple[Image.Image, dict[str, Any], list[int]]:
+    """Things in different cells of a coarse grid, so that few places occur.
 
-    An object fills one cell of a coarse grid, so that few coordinates occur.
+    Returns:
+        The picture, its record, and the cell of each thing, counted along the rows.
     """
-    columns, rows = studio.pick(GRIDS)
     size = (columns * CELL, rows * CELL)
-    things = studio.two_things() if studio.chance(0.25) else (studio.thing(),)
     cells = studio.rng.permutation(columns * rows)[: len(things)].tolist()
     image, backdrop = studio.backdrop(size, [thing.rgb for thing in things])
     drawn = []
     for thing, cell in zip(things, cells, strict=True):
         left, top = cell % columns * CELL, cell // columns * CELL
         drawn.append(thing.draw(image, (left, top, left + CELL, top + CELL), outline="photo" in backdrop))
-    x0, y0, x1, y1 = box = normalised(tuple(drawn[0]["box"]), size)
+    return image, {"objects": drawn, "backdrop": backdrop, "size": list(size)}, cells
+
+
+def ground(studio: Studio) -> Draft:
+    """Where an object is, as a box or a point; a quarter of the pictures hold a second object."""
+    columns, rows = studio.pick(GRIDS)
+    things = studio.two_things() if studio.chance(0.25) else (studio.thing(),)
+    image, record, _ = on_grid(studio, things, columns, rows)
+    x0, y0, x1, y1 = box = normalised(tuple(record["objects"][0]["box"]), image.size)
     target = f"<|object_ref_start|>{things[0].name}<|object_ref_end|>"
     if studio.chance(0.6):
         question, metric = f"Locate the {target}.", "box_iou"
@@ -107,7 +117,7 @@ def ground(studio: Studio) -> Draft:
     else:
         question, metric = f"Point to the {target}.", "point"
         answer = f"<|point_start|>[[{round((x0 + x1) / 2)},{round((y0 + y1) / 2)}]]<|point_end|>"
-    draft = Draft("ground", [], answer, metric, made_from={"objects": drawn, "backdrop": backdrop, "size": list(size)})
+    draft = Draft("ground", [], answer, metric, made_from=record)
     draft.extra["box"] = box
     draft.parts = [studio.photograph(draft, image), question]
     return draft
