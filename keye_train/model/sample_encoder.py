@@ -1,4 +1,4 @@
-"""A sample in, tensors out: the one place where tokenizer, chat template, images, video and positions meet."""
+"""A sample of a shard in, tensors of the training out: tokenizer, chat template, images, video and positions meet here."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class EncodedPair:
     text_ids: Tensor  # [max_tokens] int64, right-padded
 
 
-class KeyeProcessor:
+class SampleEncoder:
     """Turns samples into tensors. Its faults are ValueErrors; those of the data are SampleErrors."""
 
     def __init__(
@@ -78,7 +78,7 @@ class KeyeProcessor:
         self.resolution = resolution
 
     @classmethod
-    def from_settings(cls, model: ModelSettings, resolution: ResolutionSettings) -> KeyeProcessor:
+    def from_settings(cls, model: ModelSettings, resolution: ResolutionSettings) -> SampleEncoder:
         """Load the tokenizer from its folder; nothing is fetched and no code of the folder is run.
 
         Raises:
