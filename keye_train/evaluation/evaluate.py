@@ -158,7 +158,7 @@ class _Evaluator:
     def run(self, export: Export) -> dict[str, Any]:
         """All results of one model."""
         began = time.monotonic()
-        processor = export.processor(self._settings.data.resolution)
+        processor = export.processor(self._settings.data.resolution, self._settings.data.video_backend)
         result = self._retrieval(export, processor) if export.is_dual_encoder else self._answers(export, processor)
         return result | {"seconds": round(time.monotonic() - began, 2)}
 

@@ -18,6 +18,7 @@ from keye_train.settings import (
     ResolutionSettings,
     SpecialTokenSettings,
     TextTowerSettings,
+    VideoBackend,
 )
 
 
@@ -65,13 +66,13 @@ class Export:
             text_tower=TextTowerSettings(**text),
         )
 
-    def processor(self, resolution: ResolutionSettings) -> SampleEncoder:
+    def processor(self, resolution: ResolutionSettings, video_backend: VideoBackend) -> SampleEncoder:
         """The processor with the export's own tokenizer.
 
         Raises:
             SettingsError: no tokenizer in the export, or one that disagrees with its config.json.
         """
-        return SampleEncoder.from_settings(self.settings(), resolution)
+        return SampleEncoder.from_settings(self.settings(), resolution, video_backend)
 
     def encoding_key(self) -> str:
         """Equal for exports that turn the same sample into the same tensors."""

@@ -1,4 +1,4 @@
-"""A sample of a shard in, tensors of the training out: tokenizer, chat template, images, video and positions meet here."""
+"""A sample of a shard in, tensors of the training out: tokenizer, chat template, media and positions meet here."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from keye_train.model.images import decode_image
 from keye_train.model.packed import IGNORE_INDEX
 from keye_train.model.positions import PATCH_SIZE, Grid, grid_tokens, sample_positions
 from keye_train.model.video import decode_video
+from keye_train.model.video_torchcodec import checked_backend
 from keye_train.sample import MediaKind, Sample, SampleError, SampleRef
-from keye_train.settings import ModelSettings, ResolutionSettings, SettingsError
+from keye_train.settings import ModelSettings, ResolutionSettings, SettingsError, VideoBackend
 
 # Field of model.special_tokens -> the token it stands for
 SPECIAL_TOKENS = {
@@ -69,23 +70,34 @@ class SampleEncoder:
     """Turns samples into tensors. Its faults are ValueErrors; those of the data are SampleErrors."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, model: ModelSettings, resolution: ResolutionSettings
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model: ModelSettings,
+        resolution: ResolutionSettings,
+        video_backend: VideoBackend = VideoBackend.pyav,
     ) -> None:
         _check_special_tokens(tokenizer, model)
         _check_vocabulary(tokenizer, model.language.vocab_size, "model.language.vocab_size")
         self.tokenizer = tokenizer
         self.model = model
         self.resolution = resolution
+        self.video_backend = checked_backend(video_backend)
 
     @classmethod
-    def from_settings(cls, model: ModelSettings, resolution: ResolutionSettings) -> SampleEncoder:
+    def from_settings(
+        cls,
+        model: ModelSettings,
+        resolution: ResolutionSettings,
+        video_backend: VideoBackend = VideoBackend.pyav,
+    ) -> SampleEncoder:
         """Load the tokenizer from its folder; nothing is fetched and no code of the folder is run.
 
         Raises:
             SettingsError: no tokenizer there, or one that disagrees with ``model.special_tokens`` or
-                ``model.language.vocab_size``.
+                ``model.language.vocab_size``; or torchcodec is asked for and cannot be loaded.
         """
-        return cls(_load(PreTrainedTokenizerFast, model.tokenizer, "model.tokenizer"), model, resolution)
+        tokenizer = _load(PreTrainedTokenizerFast, model.tokenizer, "model.tokenizer")
+        return cls(tokenizer, model, resolution, video_backend)
 
     @cached_property
     def text_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -157,7 +169,8 @@ class SampleEncoder:
                 own, grid = decode_image(data, self.resolution)
                 step = 0.0
             else:
-                own, grid, step = decode_video(data, self.resolution)
+                video = decode_video(data, self.resolution, backend=self.video_backend)
+                own, grid, step = video.patches, video.grid, video.seconds_per_grid
             patches.append(own)
             grids.append(grid)
             seconds.append(step)

@@ -30,7 +30,8 @@ def resolution(fps: float = 2.0, min_frames: int = 2, max_tokens: int = 600) -> 
 
 def frame_levels(data: bytes, wanted: ResolutionSettings) -> list[int]:
     """Number of the flat frame that each time step shows."""
-    patches, grid, _ = decode_video(data, wanted)
+    video = decode_video(data, wanted)
+    patches, grid = video.patches, video.grid
     return [round(float(step.mean()) / 8) for step in np.split(patches, grid[0])]
 
 
@@ -52,7 +53,8 @@ def test_tokens_foretold_are_the_tokens_decoded(
     wanted = resolution(rate)
     assert (info.kind, info.width, info.height, info.frames) == (MediaKind.video, width, height, frames)
     assert info.fps == pytest.approx(fps, rel=0.02)
-    patches, grid, seconds = decode_video(data, wanted)
+    video = decode_video(data, wanted)
+    patches, grid, seconds = video.patches, video.grid, video.seconds_per_grid
     assert grid == media_grid(info, wanted)
     assert len(patches) == 4 * grid_tokens(grid)
     assert grid_tokens(grid) <= wanted.video_max_tokens
@@ -73,7 +75,8 @@ def test_skipping_between_key_frames_changes_no_pixel() -> None:
     ramps = [synthetic_image(64, 96, i % 7) // 2 + rng.integers(0, 99, dtype=np.uint8) for i in range(60)]
     data = video_bytes(ramps, fps=10, key_every=6)
     wanted = resolution(rate := 0.5)
-    patches, grid, _ = decode_video(data, wanted)
+    video = decode_video(data, wanted)
+    patches, grid = video.patches, video.grid
     with av.open(io.BytesIO(data)) as container:
         every = [frame.to_image() for frame in container.decode(video=0)]
     indices = video_frame_indices(MediaInfo(MediaKind.video, 96, 64, 60, 10.0), wanted)
@@ -98,7 +101,8 @@ def test_a_turned_video_is_put_upright() -> None:
     data = video_bytes([picture] * 4, rotation=90)
     info = probe_video(data)
     assert (info.width, info.height) == (32, 64)
-    patches, grid, _ = decode_video(data, resolution())
+    video = decode_video(data, resolution())
+    patches, grid = video.patches, video.grid
     steps = patches.reshape(*grid, -1).mean(axis=(0, 2, 3))  # [h]
     assert grid == media_grid(info, resolution())
     assert steps[-1] > 150 > 50 > steps[0]  # a quarter turn counter-clockwise: left becomes bottom
