@@ -8,11 +8,11 @@ from PIL import Image
 
 from data_tools.demo.canvas import INKS, Box, draw_scan, shade
 from data_tools.demo.studio import Draft, Studio, Thing
+from keye_train.model.markup import format_boxes, format_points, format_reference, to_grid
 
 COUNT_MAX = 5
 CELL = 28  # pixels; grounding and counting place objects on a grid whose cells are language tokens
 GRIDS = ((2, 2), (3, 2), (2, 3), (3, 3))  # grounding: columns, rows
-COORDINATES = 1000  # boxes and points are integers in [0, 1000)
 
 
 def place(studio: Studio, size: tuple[int, int], low: float, high: float) -> Box:
@@ -79,12 +79,6 @@ def count(studio: Studio) -> Draft:
     return draft
 
 
-def normalised(box: Box, size: tuple[int, int]) -> list[int]:
-    """A pixel box as integers in [0, 1000) of the picture's width and height."""
-    lengths = (size[0], size[1], size[0], size[1])
-    return [min(COORDINATES - 1, round(edge * COORDINATES / length)) for edge, length in zip(box, lengths, strict=True)]
-
-
 def ground(studio: Studio) -> Draft:
     """Where an object is, as a box or a point; a quarter of the pictures hold a second object.
 
@@ -99,14 +93,14 @@ def ground(studio: Studio) -> Draft:
     for thing, cell in zip(things, cells, strict=True):
         left, top = cell % columns * CELL, cell // columns * CELL
         drawn.append(thing.draw(image, (left, top, left + CELL, top + CELL), outline="photo" in backdrop))
-    x0, y0, x1, y1 = box = normalised(tuple(drawn[0]["box"]), size)
-    target = f"<|object_ref_start|>{things[0].name}<|object_ref_end|>"
+    x0, y0, x1, y1 = box = to_grid(drawn[0]["box"], *size)
+    target = format_reference(things[0].name)
     if studio.chance(0.6):
         question, metric = f"Locate the {target}.", "box_iou"
-        answer = f"<|box_start|>[[{x0},{y0},{x1},{y1}]]<|box_end|>"
+        answer = format_boxes([box])
     else:
         question, metric = f"Point to the {target}.", "point"
-        answer = f"<|point_start|>[[{round((x0 + x1) / 2)},{round((y0 + y1) / 2)}]]<|point_end|>"
+        answer = format_points([((x0 + x1) / 2, (y0 + y1) / 2)])
     draft = Draft("ground", [], answer, metric, made_from={"objects": drawn, "backdrop": backdrop, "size": list(size)})
     draft.extra["box"] = box
     draft.parts = [studio.photograph(draft, image), question]
