@@ -45,24 +45,31 @@ class MediaOptions(TypedDict, total=False):
     video_end: float
 
 
-_IMAGE_KEYS = frozenset({"min_pixels", "max_pixels", "resized_height", "resized_width"})
-_VIDEO_KEYS = frozenset(MediaOptions.__annotations__)
+OPTION_NAMES = frozenset(MediaOptions.__annotations__)
+IMAGE_OPTION_NAMES = frozenset({"min_pixels", "max_pixels", "resized_height", "resized_width"})
 _MAY_BE_ZERO = frozenset({"video_start"})
 
 
-def media_options(item: Mapping[str, Any], kind: MediaKind) -> MediaOptions:
+def media_options(item: Mapping[str, Any], kind: MediaKind, strict: bool = False) -> MediaOptions:
     """The options among the keys of a content item.
+
+    Args:
+        item: keys that are no options are left alone, or with ``strict`` refused.
+        kind: of the medium.
+        strict: nothing but options is expected.
 
     Raises:
         SampleError: a value that is no positive number, an option that only videos have on an image, or options that
             exclude each other.
     """
-    found = {key: item[key] for key in sorted(_VIDEO_KEYS & set(item)) if item[key] is not None}
+    if strict and (unknown := sorted(set(item) - OPTION_NAMES)):
+        raise SampleError(f"unknown option {', '.join(unknown)}; options are {', '.join(sorted(OPTION_NAMES))}")
+    found = {key: item[key] for key in sorted(OPTION_NAMES & set(item)) if item[key] is not None}
     for key, value in found.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not number or value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
             raise SampleError(f"option {key}={value!r} of a {kind.value}: give a number above 0")
-        if kind == MediaKind.image and key not in _IMAGE_KEYS:
+        if kind == MediaKind.image and key not in IMAGE_OPTION_NAMES:
             raise SampleError(f"option {key} of an image; it is one of videos")
     for left, right in (("fps", "nframes"), ("nframes", "min_frames"), ("nframes", "max_frames")):
         if left in found and right in found:
@@ -116,6 +123,36 @@ class MediaRequest:
     def frame_indices(self) -> list[int]:
         """Numbers of the frames taken from the whole video, ascending, if they follow each other evenly."""
         return [self.first_frame + index for index in video_frame_indices(self.info, self.resolution)]
+
+
+# Limits of a video as processor_config.json names them -> field of ResolutionSettings, and pixels in its unit
+_VIDEO_LIMITS = {
+    "min_pixels": ("video_frame_min_tokens", PIXELS_PER_TOKEN),
+    "max_pixels": ("video_frame_max_tokens", PIXELS_PER_TOKEN),
+    "total_pixels": ("video_max_tokens", PIXELS_PER_TOKEN),
+    "fps": ("video_fps", 1),
+    "min_frames": ("video_min_frames", 1),
+    "max_frames": ("video_max_frames", 1),
+}
+
+
+def video_limits(resolution: ResolutionSettings) -> dict[str, float]:
+    """The limits of videos in the names and units of ``MediaOptions``."""
+    return {name: getattr(resolution, field) * unit for name, (field, unit) in _VIDEO_LIMITS.items()}
+
+
+def with_video_limits(resolution: ResolutionSettings, limits: Mapping[str, float]) -> ResolutionSettings:
+    """``resolution`` with those of the limits that are given.
+
+    Raises:
+        ValueError: a limit of another name, or limits that cannot hold together.
+    """
+    if unknown := sorted(set(limits) - set(_VIDEO_LIMITS)):
+        raise ValueError(f"limits of videos: unknown {', '.join(unknown)}; known are {', '.join(_VIDEO_LIMITS)}")
+    try:
+        return _video_limits(resolution, media_options(limits, MediaKind.video))
+    except SampleError as error:
+        raise ValueError(f"limits of videos: {error}") from error
 
 
 def time_range(frames: int, fps: float, start: float | None, end: float | None) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from keye_train.model import published_pixels
 from keye_train.model.chat import Message
 from keye_train.model.images import cut_image, upright_size
 from keye_train.model.media import read_image, read_video
-from keye_train.model.media_options import MediaOptions, MediaRequest, media_options
+from keye_train.model.media_options import IMAGE_OPTION_NAMES, MediaOptions, MediaRequest, media_options
 from keye_train.model.positions import Grid
 from keye_train.model.video import decode_frames, decode_video, frames_request, probe_video
 from keye_train.sample import MediaInfo, MediaKind, SampleError
@@ -97,7 +97,7 @@ class Medium:
 
 
 def split_media(
-    messages: Sequence[Mapping[str, Any]], add_vision_id: bool = False
+    messages: Sequence[Mapping[str, Any]], add_vision_id: bool = False, options: Mapping[str, Any] | None = None
 ) -> tuple[list[Message], list[Medium]]:
     """Take the media out of a conversation.
 
@@ -107,6 +107,7 @@ def split_media(
     Args:
         messages: a conversation; it is not changed.
         add_vision_id: write "Picture 1: " or "Video 1: " before each medium, counted over the conversation.
+        options: for every medium that has none of that name; images take those that images have.
 
     Returns:
         The conversation with the number of each medium for its name, and the media in order of appearance.
@@ -133,9 +134,20 @@ def split_media(
                 label = "Picture" if kind == MediaKind.image else "Video"
                 items.append({"type": "text", "text": f"{label} {seen[kind]}: "})
             items.append({"type": kind.value, kind.value: str(len(media))})
-            media.append(Medium(kind, _source_of(item, kind), media_options(item, kind)))
+            media.append(Medium(kind, _source_of(item, kind), media_options(_with_defaults(item, kind, options), kind)))
         plain.append({**message, "content": items})
     return plain, media
+
+
+def _with_defaults(item: Mapping[str, Any], kind: MediaKind, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """``item`` with the options of the call that neither it nor its kind excludes."""
+    defaults = dict(options or {})
+    if kind == MediaKind.image:
+        defaults = {name: value for name, value in defaults.items() if name in IMAGE_OPTION_NAMES}
+    for one, others in (("fps", ("nframes",)), ("nframes", ("fps", "min_frames", "max_frames"))):
+        if one in item:
+            defaults = {name: value for name, value in defaults.items() if name not in others}
+    return {**defaults, **item}
 
 
 def _kind_of(item: Any) -> MediaKind | None:

@@ -9,40 +9,42 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from keye_train.model import published_pixels
 from keye_train.model.chat import CHAT_TEMPLATE, chat_text, encode_conversation, text_token_count
 from keye_train.model.image_processor import KeyeImageProcessor
 from keye_train.model.media import read_video
-from keye_train.model.media_options import PIXELS_PER_TOKEN, media_options
+from keye_train.model.media_options import (
+    OPTION_NAMES,
+    PIXELS_PER_TOKEN,
+    MediaRequest,
+    media_options,
+    video_limits,
+    with_video_limits,
+)
 from keye_train.model.messages import Medium, Pixels, split_media
-from keye_train.model.packed import IGNORE_INDEX
-from keye_train.model.positions import grid_tokens, rope_index
-from keye_train.model.processor_inputs import PADS, expand_pads, listed_images, listed_videos, media_arrays, rates
+from keye_train.model.positions import grid_tokens
+from keye_train.model.processor_inputs import (
+    PADS,
+    expand_pads,
+    listed_images,
+    listed_videos,
+    media_arrays,
+    model_inputs,
+    rates,
+)
 from keye_train.model.published import DEFAULT_FPS
 from keye_train.model.video_torchcodec import checked_backend
-from keye_train.sample import MediaKind
+from keye_train.sample import MediaInfo, MediaKind
 from keye_train.settings import ResolutionSettings, VideoBackend
-
-# Name in processor_config.json -> field of ResolutionSettings, and its unit in pixels (0: it has another one)
-_VIDEO_LIMITS = {
-    "min_pixels": ("video_frame_min_tokens", PIXELS_PER_TOKEN),
-    "max_pixels": ("video_frame_max_tokens", PIXELS_PER_TOKEN),
-    "total_pixels": ("video_max_tokens", PIXELS_PER_TOKEN),
-    "fps": ("video_fps", 0),
-    "min_frames": ("video_min_frames", 0),
-    "max_frames": ("video_max_frames", 0),
-}
 
 
 class KeyeProcessor(ProcessorMixin):
@@ -73,10 +75,7 @@ class KeyeProcessor(ProcessorMixin):
         super().__init__(
             image_processor or KeyeImageProcessor(), tokenizer, chat_template=chat_template or CHAT_TEMPLATE
         )
-        unknown = sorted(set(video or {}) - set(_VIDEO_LIMITS))
-        if unknown:
-            raise ValueError(f"video={video}: unknown {', '.join(unknown)}; known are {', '.join(_VIDEO_LIMITS)}")
-        self.video = {**_video_limits(ResolutionSettings()), **(video or {})}
+        self.video = video_limits(with_video_limits(ResolutionSettings(), video or {}))
         self.backend = checked_backend(VideoBackend(video_backend))
         self.image_token, self.video_token = PADS[MediaKind.image], PADS[MediaKind.video]
         self.image_token_id = self._token_id(self.image_token)
@@ -92,16 +91,18 @@ class KeyeProcessor(ProcessorMixin):
             min_pixels=resolution.image_min_tokens * PIXELS_PER_TOKEN,
             max_pixels=resolution.image_max_tokens * PIXELS_PER_TOKEN,
         )
-        return cls(images, tokenizer, video=_video_limits(resolution), **options)
+        return cls(images, tokenizer, video=video_limits(resolution), **options)
 
     @property
     def resolution(self) -> ResolutionSettings:
         """The budgets of images and videos, in tokens."""
-        limits: dict[str, Any] = {
-            field: self.video[name] // unit if unit else self.video[name]
-            for name, (field, unit) in _VIDEO_LIMITS.items()
-        }
-        return self.image_processor.resolution(replace(ResolutionSettings(), **limits))
+        return self.image_processor.resolution(with_video_limits(ResolutionSettings(), self.video))
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of what a call may return and ``forward`` takes."""
+        videos = ["pixel_values_videos", "video_grid_thw", "second_per_grid_ts"]
+        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names, *videos]
 
     # -------------------------------------------------------------------------------------------- files
 
@@ -146,6 +147,7 @@ class KeyeProcessor(ProcessorMixin):
         fps: float | Sequence[float] | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        videos_kwargs: Mapping[str, Any] | None = None,
         published: bool = False,
         allow_http: bool = False,
         return_position_ids: bool = False,
@@ -163,12 +165,14 @@ class KeyeProcessor(ProcessorMixin):
             videos: videos likewise; see ``media.read_video``.
             fps: for each video, or for all: the rate to sample a file at, or the rate that frames were taken at.
             min_pixels, max_pixels: limits of each image of this call.
-            published: as the published code, which drops ``min_pixels`` and ``max_pixels``, takes every video for
-                2 frames a second unless ``fps`` is given, and expands whatever pads it finds.
+            videos_kwargs: options of each video of this call (``MediaOptions``).
+            published: as the published code, which drops ``min_pixels``, ``max_pixels`` and ``videos_kwargs``, takes
+                every video for 2 frames a second unless ``fps`` is given, and expands whatever pads it finds.
             allow_http: whether ``http://`` and ``https://`` may be fetched.
             return_position_ids: add ``position_ids`` [3, B, L] and ``rope_deltas`` [B, 1].
             return_tensors: "pt", "np" or None.
-            text_kwargs: for the tokenizer; ``padding`` is True unless given.
+            text_kwargs: for the tokenizer; ``padding`` is True unless given. transformers' groups ``images_kwargs``,
+                ``text_kwargs`` and ``common_kwargs`` are taken apart.
 
         Returns:
             input_ids and attention_mask [B, L]; with images pixel_values [N, 3, 14, 14] float32 and
@@ -178,13 +182,20 @@ class KeyeProcessor(ProcessorMixin):
             SampleError: media that cannot be read.
             ValueError: pads and media do not match, or frames are given without their rate.
         """
+        for group in ("images_kwargs", "text_kwargs", "common_kwargs"):
+            if group in text_kwargs:
+                given = dict(text_kwargs.pop(group) or {})
+                min_pixels, max_pixels = given.pop("min_pixels", min_pixels), given.pop("max_pixels", max_pixels)
+                return_tensors = given.pop("return_tensors", return_tensors)
+                text_kwargs = {**given, **text_kwargs}
         pixels = [
             self.image_processor.pixels(image, min_pixels, max_pixels, published=published, allow_http=allow_http)
             for image in listed_images(images)
         ]
         asked = listed_videos(videos)
         for video, rate in zip(asked, rates(fps, len(asked)), strict=True):
-            pixels.append(self._video_pixels(video, rate, published, allow_http))
+            asked_of = {**(videos_kwargs or {}), **({} if rate is None else {"fps": rate})}
+            pixels.append(self._video_pixels(video, asked_of, published, allow_http))
         if text is None:
             return BatchFeature(media_arrays(pixels), tensor_type=return_tensors)
         texts = expand_pads([text] if isinstance(text, str) else list(text), pixels, strict=not published)
@@ -207,7 +218,8 @@ class KeyeProcessor(ProcessorMixin):
         padding: bool | str = True,
         published: bool = False,
         allow_http: bool = False,
-        **template_kwargs: Any,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Turn a conversation, or a batch of them, into text, or with ``tokenize`` into what the model takes.
 
@@ -226,17 +238,23 @@ class KeyeProcessor(ProcessorMixin):
             return_position_ids, return_tensors, allow_http: as for a call.
             padding: as for a tokenizer.
             published: as the published pipeline: both packages' resizes, its video sampling, control tokens by text.
-            template_kwargs: further variables of the template.
+            processor_kwargs: options for media, ``padding`` and ``return_tensors``, as transformers groups them.
+            kwargs: options (``MediaOptions``) for every medium that does not have its own, which ``published`` drops;
+                the rest are variables of the template.
 
         Raises:
             SampleError: messages that are none, or media that cannot be read.
             ValueError: arguments that exclude each other, or a template that is not Keye's together with ``tokenize``.
         """
+        given = dict(processor_kwargs or {})
+        padding, return_tensors = given.pop("padding", padding), given.pop("return_tensors", return_tensors)
+        kwargs |= media_options(given, MediaKind.video, strict=True)
+        options = {name: kwargs.pop(name) for name in sorted(OPTION_NAMES & set(kwargs))}
         render = {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             "add_vision_id": add_vision_id,
-            **template_kwargs,
+            **kwargs,
         }
         if not tokenize:
             return super().apply_chat_template(conversation, chat_template=chat_template, tokenize=False, **render)
@@ -248,33 +266,58 @@ class KeyeProcessor(ProcessorMixin):
         if published and return_labels:
             raise ValueError("the published pipeline has no labels: return_labels needs published=False")
         encode = self._encode_as_published if published else self._encode_by_id
-        encoded, pixels, labels = encode(conversations, render, padding, allow_http)
+        encoded, pixels, labels = encode(conversations, render, options, padding, allow_http)
         batch = self._batch(encoded, pixels, labels if return_labels else None, return_position_ids, return_tensors)
         return batch if return_dict else batch["input_ids"]
 
     def count_tokens(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, allow_http: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        allow_http: bool = False,
+        **options: Any,
     ) -> int:
         """Language tokens of a conversation in default mode; of media only the headers are read.
+
+        Args:
+            messages, add_generation_prompt, allow_http, options: as for ``apply_chat_template``.
 
         Raises:
             SampleError: see ``apply_chat_template``.
         """
-        plain, media = split_media(messages)
+        plain, media = split_media(messages, options=options)
         text = text_token_count(self.tokenizer, plain, add_generation_prompt)
         return text + sum(medium.request(self.resolution, allow_http).tokens for medium in media)
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[tuple[int, int]] | None = None, **options: Any
+    ) -> MultiModalData:
+        """Tokens and patches of images of (height, width) pixels: what serving engines plan with."""
+        found: dict[str, list[int]] = {} if image_sizes is None else {"num_image_tokens": [], "num_image_patches": []}
+        asked = {name: value for name, value in options.items() if name in OPTION_NAMES}
+        for height, width in image_sizes or ():
+            info = MediaInfo(MediaKind.image, width, height)
+            request = MediaRequest.of(info, self.resolution, media_options(asked, MediaKind.image))
+            found["num_image_tokens"].append(request.tokens)
+            found["num_image_patches"].append(request.grid[1] * request.grid[2])
+        return MultiModalData(**found)
 
     # -------------------------------------------------------------------------------------------- parts
 
     def _encode_by_id(
-        self, conversations: list[Any], render: dict[str, Any], padding: bool | str, allow_http: bool
+        self,
+        conversations: list[Any],
+        render: dict[str, Any],
+        options: Mapping[str, Any],
+        padding: bool | str,
+        allow_http: bool,
     ) -> tuple[dict[str, Any], list[Pixels], list[Tensor]]:
         """Ids, media and labels (of the tokens that are no padding), by the functions that training encodes with."""
         pixels: list[Pixels] = []
         ids: list[list[int]] = []
         labels: list[Tensor] = []
         for messages in conversations:
-            plain, media = split_media(messages, render["add_vision_id"])
+            plain, media = split_media(messages, render["add_vision_id"], options)
             self._check_template(messages, plain, render)
             own = [medium.pixels(self.resolution, allow_http, self.backend) for medium in media]
             counts = [grid_tokens(item.grid) for item in own]
@@ -288,7 +331,12 @@ class KeyeProcessor(ProcessorMixin):
         return dict(self.tokenizer.pad({"input_ids": ids}, padding=padding)), pixels, labels
 
     def _encode_as_published(
-        self, conversations: list[Any], render: dict[str, Any], padding: bool | str, allow_http: bool
+        self,
+        conversations: list[Any],
+        render: dict[str, Any],
+        _: Mapping[str, Any],
+        padding: bool | str,
+        allow_http: bool,
     ) -> tuple[dict[str, Any], list[Pixels], None]:
         texts = super().apply_chat_template(conversations, tokenize=False, **render)
         media = [medium for messages in conversations for medium in split_media(messages)[1]]
@@ -302,9 +350,9 @@ class KeyeProcessor(ProcessorMixin):
             raise ValueError(f"the tokenizer has no {token}: use one with the special tokens of Keye")
         return found
 
-    def _video_pixels(self, video: Any, rate: float | None, published: bool, allow_http: bool) -> Pixels:
+    def _video_pixels(self, video: Any, asked: Mapping[str, Any], published: bool, allow_http: bool) -> Pixels:
         if not published:
-            options = media_options({"fps": rate}, MediaKind.video)
+            options = media_options(asked, MediaKind.video, strict=True)
             return Medium(MediaKind.video, video, options).pixels(self.resolution, allow_http, self.backend)
         source = read_video(video, allow_http)
         if isinstance(source, (bytes, Path)):
@@ -312,7 +360,7 @@ class KeyeProcessor(ProcessorMixin):
         else:
             frames = [np.asarray(frame.convert("RGB")) for frame in source]
         cut = published_pixels.video_patches(frames, self.image_processor.min_pixels, self.image_processor.max_pixels)
-        return Pixels(MediaKind.video, *cut, 1 / (rate or DEFAULT_FPS))
+        return Pixels(MediaKind.video, *cut, 1 / asked.get("fps", DEFAULT_FPS))
 
     def _check_template(self, messages: Any, plain: Any, render: dict[str, Any]) -> None:
         """Refuse to encode by id what the processor's own template would have written differently."""
@@ -334,29 +382,9 @@ class KeyeProcessor(ProcessorMixin):
         return_position_ids: bool,
         return_tensors: str | None,
     ) -> BatchFeature:
-        data = {name: values for name, values in encoded.items() if name in ("input_ids", "attention_mask")}
-        data |= media_arrays(pixels)
-        batch = BatchFeature(data, tensor_type=return_tensors)
-        if labels is None and not return_position_ids:
-            return batch
-        if return_tensors != "pt":
-            raise ValueError('return_labels and return_position_ids need return_tensors="pt"')
-        if labels is not None:
-            batch["labels"] = torch.full_like(batch["input_ids"], IGNORE_INDEX)
-            batch["labels"][batch["attention_mask"].bool()] = torch.cat(labels)
-        if return_position_ids:
-            batch["position_ids"], batch["rope_deltas"] = rope_index(
-                batch["input_ids"],
-                batch["attention_mask"],
-                batch.get("image_grid_thw"),
-                batch.get("video_grid_thw"),
-                batch.get("second_per_grid_ts"),
-                vision_start_id=self.vision_start_token_id,
-                image_pad_id=self.image_token_id,
-                video_pad_id=self.video_token_id,
-            )
-        return batch
-
-
-def _video_limits(resolution: ResolutionSettings) -> dict[str, float]:
-    return {name: getattr(resolution, field) * (unit or 1) for name, (field, unit) in _VIDEO_LIMITS.items()}
+        tokens = {
+            "vision_start_id": self.vision_start_token_id,
+            "image_pad_id": self.image_token_id,
+            "video_pad_id": self.video_token_id,
+        }
+        return model_inputs(encoded, pixels, labels, tokens if return_position_ids else None, return_tensors)

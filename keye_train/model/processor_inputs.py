@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.feature_extraction_utils import BatchFeature
 
 from keye_train.model.messages import Pixels
-from keye_train.model.positions import grid_tokens
+from keye_train.model.packed import IGNORE_INDEX
+from keye_train.model.positions import grid_tokens, rope_index
 from keye_train.model.vision import normalize_levels
 from keye_train.sample import MediaKind
 
@@ -104,6 +106,46 @@ def media_arrays(pixels: Sequence[Pixels]) -> dict[str, Any]:
     if seconds:
         arrays["second_per_grid_ts"] = np.array(seconds, dtype=np.float32)
     return arrays
+
+
+def model_inputs(
+    encoded: Mapping[str, Any],
+    pixels: Sequence[Pixels],
+    labels: Sequence[Tensor] | None,
+    position_tokens: Mapping[str, int] | None,
+    return_tensors: str | None,
+) -> BatchFeature:
+    """Everything that ``forward`` takes.
+
+    Args:
+        encoded: input_ids and attention_mask of a padded batch.
+        pixels: media of the batch in order.
+        labels: of each row, without its padding; None: no labels are asked for.
+        position_tokens: the special tokens that ``rope_index`` looks for; None: no positions are asked for.
+        return_tensors: "pt", "np" or None.
+
+    Raises:
+        ValueError: labels or positions are asked for in anything but torch tensors.
+    """
+    data = {name: values for name, values in encoded.items() if name in ("input_ids", "attention_mask")}
+    batch = BatchFeature(data | media_arrays(pixels), tensor_type=return_tensors)
+    if labels is None and position_tokens is None:
+        return batch
+    if return_tensors != "pt":
+        raise ValueError('return_labels and return_position_ids need return_tensors="pt"')
+    if labels is not None:
+        batch["labels"] = torch.full_like(batch["input_ids"], IGNORE_INDEX)
+        batch["labels"][batch["attention_mask"].bool()] = torch.cat(list(labels))
+    if position_tokens is not None:
+        batch["position_ids"], batch["rope_deltas"] = rope_index(
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch.get("image_grid_thw"),
+            batch.get("video_grid_thw"),
+            batch.get("second_per_grid_ts"),
+            **position_tokens,
+        )
+    return batch
 
 
 def _expanded(text: str, pad: str, counts: Iterator[int]) -> str:

@@ -22,9 +22,10 @@ from keye_train.model.chat import (
     parse_turns,
 )
 from keye_train.model.images import decode_image
+from keye_train.model.media_options import MediaOptions
+from keye_train.model.messages import Medium
 from keye_train.model.packed import IGNORE_INDEX
 from keye_train.model.positions import PATCH_SIZE, Grid, grid_tokens, sample_positions
-from keye_train.model.video import decode_video
 from keye_train.model.video_torchcodec import checked_backend
 from keye_train.sample import MediaKind, Sample, SampleError, SampleRef
 from keye_train.settings import ModelSettings, ResolutionSettings, SettingsError, VideoBackend
@@ -165,15 +166,10 @@ class SampleEncoder:
         grids: list[Grid] = []
         seconds: list[float] = []
         for kind, data in _media_of(sample, media_slots(messages)):
-            if kind == MediaKind.image:
-                own, grid = decode_image(data, self.resolution)
-                step = 0.0
-            else:
-                video = decode_video(data, self.resolution, backend=self.video_backend)
-                own, grid, step = video.patches, video.grid, video.seconds_per_grid
-            patches.append(own)
-            grids.append(grid)
-            seconds.append(step)
+            pixels = Medium(kind, data, MediaOptions()).pixels(self.resolution, backend=self.video_backend)
+            patches.append(pixels.patches)
+            grids.append(pixels.grid)
+            seconds.append(pixels.seconds_per_grid)
         chat: EncodedChat = encode_conversation(
             self.tokenizer, messages, [grid_tokens(grid) for grid in grids], generation_prompt
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import http.server
+import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -229,6 +230,43 @@ def test_another_template_is_never_ignored(processor: KeyeProcessor) -> None:
     assert other.apply_chat_template([{"role": "user", "content": "hi"}]) == "hi"
     with pytest.raises(ValueError, match="not Keye's"):
         encode(other, [{"role": "user", "content": "hi"}])
+
+
+def test_options_of_a_call_are_for_media_without_their_own(processor: KeyeProcessor) -> None:
+    large = synthetic_image(280, 280)
+    messages = user(image(large), image(large, max_pixels=9 * 784), video(nframes=3))
+    for batch in (
+        encode(processor, messages, max_pixels=4 * 784, fps=8.0),
+        encode(processor, messages, processor_kwargs={"max_pixels": 4 * 784, "fps": 8.0}),
+    ):
+        assert batch["image_grid_thw"].prod(dim=1).tolist() == [16, 36]
+        assert batch["video_grid_thw"][0, 0] == 3
+    assert processor.count_tokens(messages, max_pixels=4 * 784) == batch["input_ids"].shape[1]
+    rendered = processor.apply_chat_template(user(image(large), video()))
+    called = processor(
+        text=rendered,
+        images=[large],
+        videos=[VIDEO],
+        images_kwargs={"max_pixels": 4 * 784},
+        videos_kwargs={"nframes": 3},
+    )
+    assert (int(called["image_grid_thw"].prod()), int(called["video_grid_thw"][0, 0])) == (16, 3)
+    with pytest.raises(SampleError, match="unknown option size"):
+        encode(processor, messages, processor_kwargs={"size": 3})
+
+
+def test_it_travels_to_worker_processes(processor: KeyeProcessor) -> None:
+    messages = user(image(), video(), text("which?"))
+    copy = pickle.loads(pickle.dumps(processor))
+    assert encode(copy, messages)["pixel_values"].equal(encode(processor, messages)["pixel_values"])
+
+
+def test_what_it_names_is_what_it_returns(processor: KeyeProcessor) -> None:
+    batch = encode(processor, user(image(), video()))
+    assert set(batch) == set(processor.model_input_names) - {"token_type_ids"}
+    planned = processor._get_num_multimodal_tokens([(60, 100)])
+    assert planned.num_image_patches == [len(batch["pixel_values"])]
+    assert planned.num_image_tokens == [int((batch["input_ids"] == processor.image_token_id).sum())]
 
 
 def test_pixels_alone_need_no_text(processor: KeyeProcessor) -> None:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 from toy_inputs import flat_frames, image_bytes, synthetic_image, toy_tokenizer, video_bytes
-from transformers import PreTrainedTokenizerFast
 
 from keye_train.model import KeyeImageProcessor, KeyeProcessor
 from keye_train.model.positions import grid_tokens
@@ -118,9 +117,9 @@ def test_a_list_of_frames_equals_the_recorded_one() -> None:
 def full_processor() -> KeyeProcessor:
     if not PUBLISHED.is_dir():
         pytest.skip(f"needs the tokenizer of Keye-VL-8B-Preview in {PUBLISHED}")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(PUBLISHED, local_files_only=True)
-    template = json.loads((PUBLISHED / "chat_template.json").read_text())["chat_template"]
-    return KeyeProcessor(KeyeImageProcessor(*LIMITS), tokenizer, chat_template=template)
+    loaded = KeyeProcessor.from_pretrained(PUBLISHED, local_files_only=True)
+    assert (loaded.image_processor.min_pixels, loaded.image_processor.max_pixels) == LIMITS
+    return loaded
 
 
 def with_media(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -159,6 +158,20 @@ def test_conversations_equal_the_recorded_ones(full_processor: KeyeProcessor, nu
     assert batch.get("second_per_grid_ts", torch.zeros(0)).tolist() == pytest.approx(
         row["second_per_grid_ts"], rel=1e-6
     )
+
+
+def test_a_batch_and_the_other_template_equal_the_recorded_ones(
+    full_processor: KeyeProcessor,
+) -> None:
+    rows = json.loads((GOLDEN / "chat.json").read_text(encoding="utf-8"))
+    (batch,) = (row for row in rows if "batch_of" in row)
+    encoded = full_processor(text=batch["batch_of"])
+    assert encoded["input_ids"].tolist() == batch["input_ids"]
+    assert encoded["attention_mask"].tolist() == batch["attention_mask"]
+    for row in (row for row in rows if "tokenizer_template" in row):
+        tokenizer = full_processor.tokenizer
+        written = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
+        assert written == row["text"]
 
 
 # ------------------------------------------------------------------------------------- faults, both ways
