@@ -68,9 +68,9 @@ def media_options(item: Mapping[str, Any], kind: MediaKind, strict: bool = False
     for key, value in found.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not number or value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
-            raise SampleError(f"option {key}={value!r} of a {kind.value}: give a number above 0")
+            raise SampleError(f"{kind.value} with {key}={value!r}: give a number above 0")
         if kind == MediaKind.image and key not in IMAGE_OPTION_NAMES:
-            raise SampleError(f"option {key} of an image; it is one of videos")
+            raise SampleError(f"image with the option {key}, which is one of videos")
     for left, right in (("fps", "nframes"), ("nframes", "min_frames"), ("nframes", "max_frames")):
         if left in found and right in found:
             raise SampleError(f"options {left} and {right} exclude each other; give one of them")

@@ -43,7 +43,7 @@ from keye_train.model.processor_inputs import (
 )
 from keye_train.model.published import DEFAULT_FPS
 from keye_train.model.video_torchcodec import checked_backend
-from keye_train.sample import MediaInfo, MediaKind
+from keye_train.sample import MediaInfo, MediaKind, SampleError
 from keye_train.settings import ResolutionSettings, VideoBackend
 
 
@@ -262,6 +262,8 @@ class KeyeProcessor(ProcessorMixin):
             raise ValueError("tokenize=True knows Keye's template only: render the text and call the processor with it")
         if add_generation_prompt and continue_final_message:
             raise ValueError("add_generation_prompt and continue_final_message exclude each other")
+        if not conversation:
+            raise SampleError("conversation without messages")
         conversations = [conversation] if isinstance(conversation[0], Mapping) else list(conversation)
         if published and return_labels:
             raise ValueError("the published pipeline has no labels: return_labels needs published=False")
