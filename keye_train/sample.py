@@ -49,7 +49,8 @@ class Sample:
     ``messages`` follow the chat format: ``{"role": "user" | "assistant" | "system", "content": str | list}``, where a
     content list holds ``{"type": "text", "text": ...}``, ``{"type": "image", "image": NAME}`` and
     ``{"type": "video", "video": NAME}``. NAME is a key of ``media``: the member's name in the tar without the sample's
-    key, e.g. ``0.jpg`` for the member ``000017.0.jpg``.
+    key, e.g. ``0.jpg`` for the member ``000017.0.jpg``. Further keys of an item, such as ``max_pixels``, are not read:
+    what media cost follows from the recipe.
     """
 
     ref: SampleRef

@@ -36,6 +36,23 @@ def test_deepspeed_and_logging_recipes_compose(deepspeed: str, logging: str) -> 
     assert settings.deepspeed.zero_stage in (0, 1, 2, 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "image", "frame", "video", "frames"),
+    [("keye_v1", 16384, (128, 768), 24576, 768), ("keye_1_5", 20480, (48, 768), 75000, 1562)],
+)
+def test_resolution_recipes_hold_the_budgets_of_the_reports(
+    name: str, image: int, frame: tuple[int, int], video: int, frames: int
+) -> None:
+    for data in compose.choices("data"):
+        settings = compose.load_settings(TrainSettings, "train", [*EIGHT_B, f"data={data}", f"+resolution={name}"])
+        resolution = settings.data.resolution
+        assert (resolution.image_min_tokens, resolution.image_max_tokens) == (4, image)
+        assert (resolution.video_frame_min_tokens, resolution.video_frame_max_tokens) == frame
+        assert (resolution.video_max_tokens, resolution.video_max_frames) == (video, frames)
+        assert (resolution.video_fps, resolution.video_min_frames) == (2.0, 4)
+    assert set(compose.choices("resolution")) == {"keye_v1", "keye_1_5"}
+
+
 def test_merge_recipes_compose() -> None:
     for name in compose.choices("merge"):
         weights = ["weights=[1.0,3.0]"] if name == "weighted" else []

@@ -9,11 +9,11 @@ from PIL import Image
 
 from data_tools.demo.canvas import INKS, Box, draw_scan, shade
 from data_tools.demo.studio import Draft, Studio, Thing
+from keye_train.model.markup import format_boxes, format_points, format_reference, to_grid
 
 COUNT_MAX = 5
 CELL = 28  # pixels; grounding and counting place objects on a grid whose cells are language tokens
 GRIDS = ((2, 2), (3, 2), (2, 3), (3, 3))  # grounding: columns, rows
-COORDINATES = 1000  # boxes and points are integers in [0, 1000)
 
 
 def place(studio: Studio, size: tuple[int, int], low: float, high: float) -> Box:
@@ -80,12 +80,6 @@ def count(studio: Studio) -> Draft:
     return draft
 
 
-def normalised(box: Box, size: tuple[int, int]) -> list[int]:
-    """A pixel box as integers in [0, 1000) of the picture's width and height."""
-    lengths = (size[0], size[1], size[0], size[1])
-    return [min(COORDINATES - 1, round(edge * COORDINATES / length)) for edge, length in zip(box, lengths, strict=True)]
-
-
 def on_grid(
     studio: Studio, things: Sequence[Thing], columns: int, rows: int
 ) -> tuple[Image.Image, dict[str, Any], list[int]]:
@@ -109,14 +103,14 @@ def ground(studio: Studio) -> Draft:
     columns, rows = studio.pick(GRIDS)
     things = studio.two_things() if studio.chance(0.25) else (studio.thing(),)
     image, record, _ = on_grid(studio, things, columns, rows)
-    x0, y0, x1, y1 = box = normalised(tuple(record["objects"][0]["box"]), image.size)
-    target = f"<|object_ref_start|>{things[0].name}<|object_ref_end|>"
+    x0, y0, x1, y1 = box = to_grid(record["objects"][0]["box"], *image.size)
+    target = format_reference(things[0].name)
     if studio.chance(0.6):
         question, metric = f"Locate the {target}.", "box_iou"
-        answer = f"<|box_start|>[[{x0},{y0},{x1},{y1}]]<|box_end|>"
+        answer = format_boxes([box])
     else:
         question, metric = f"Point to the {target}.", "point"
-        answer = f"<|point_start|>[[{round((x0 + x1) / 2)},{round((y0 + y1) / 2)}]]<|point_end|>"
+        answer = format_points([((x0 + x1) / 2, (y0 + y1) / 2)])
     draft = Draft("ground", [], answer, metric, made_from=record)
     draft.extra["box"] = box
     draft.parts = [studio.photograph(draft, image), question]

@@ -9,7 +9,7 @@ import torch
 
 from keye_train.model.packed import IGNORE_INDEX, ContrastiveInputs, PackedInputs, VisionInputs
 from keye_train.model.positions import PATCH_SIZE
-from keye_train.model.processing import EncodedPair, EncodedSample
+from keye_train.model.sample_encoder import EncodedPair, EncodedSample
 from keye_train.sample import SampleRef
 from keye_train.settings import ModelSettings
 

@@ -19,7 +19,7 @@ from keye_train.data.index import read_key
 from keye_train.data.plan import Dropped, Pack, Plan, PlanState, assign
 from keye_train.data.pool import ReaderPool
 from keye_train.data.reader import ShardReader
-from keye_train.model.processing import EncodedPair, EncodedSample, KeyeProcessor
+from keye_train.model.sample_encoder import EncodedPair, EncodedSample, SampleEncoder
 from keye_train.sample import SampleError, SampleRef
 from keye_train.settings import Objective, TrainSettings
 
@@ -48,7 +48,7 @@ class ReadTask:
 class PackReader:
     """Reads packs. Goes into the reader processes, so it knows shards by path only, never the corpus."""
 
-    def __init__(self, processor: KeyeProcessor, objective: Objective, max_tokens: int) -> None:
+    def __init__(self, processor: SampleEncoder, objective: Objective, max_tokens: int) -> None:
         self.processor = processor
         self.objective = objective
         self.max_tokens = max_tokens
@@ -117,7 +117,7 @@ class Loader:
     def __init__(
         self,
         plan: Plan,
-        processor: KeyeProcessor,
+        processor: SampleEncoder,
         rank: int,
         world_size: int,
         settings: TrainSettings,

@@ -28,7 +28,7 @@ from keye_train.evaluation.results import results_table, summarise, task_result
 from keye_train.evaluation.retrieval import embed_pairs, retrieval_scores
 from keye_train.evaluation.scoring import CORRECT_FROM, score
 from keye_train.model.pretrained import load_dual_encoder, load_export
-from keye_train.model.processing import EncodedPair, EncodedSample, KeyeProcessor
+from keye_train.model.sample_encoder import EncodedPair, EncodedSample, SampleEncoder
 from keye_train.runs import commit, read_json, versions, write_json_atomic
 from keye_train.sample import Sample, SampleError
 from keye_train.settings import EvaluationSettings, SettingsError
@@ -158,11 +158,11 @@ class _Evaluator:
     def run(self, export: Export) -> dict[str, Any]:
         """All results of one model."""
         began = time.monotonic()
-        processor = export.processor(self._settings.data.resolution)
+        processor = export.processor(self._settings.data.resolution, self._settings.data.video_backend)
         result = self._retrieval(export, processor) if export.is_dual_encoder else self._answers(export, processor)
         return result | {"seconds": round(time.monotonic() - began, 2)}
 
-    def _answers(self, export: Export, processor: KeyeProcessor) -> dict[str, Any]:
+    def _answers(self, export: Export, processor: SampleEncoder) -> dict[str, Any]:
         if export.encoding_key() != self._encoding_key:
             self._encode(processor)
             self._encoding_key = export.encoding_key()
@@ -192,7 +192,7 @@ class _Evaluator:
                 samples += records
         return {"kind": "keye", "tasks": tasks, "samples": samples, "retrieval": None}
 
-    def _encode(self, processor: KeyeProcessor) -> None:
+    def _encode(self, processor: SampleEncoder) -> None:
         self._encoded, self._skipped = {}, {}
         for task, heldout in self._asked.tasks.items():
             self._encoded[task], self._skipped[task] = [], list(heldout.skipped)
@@ -210,7 +210,7 @@ class _Evaluator:
                     f"data.heldout.{task}: none of its samples can be decoded; run keye-data check on its shards"
                 )
 
-    def _retrieval(self, export: Export, processor: KeyeProcessor) -> dict[str, Any]:
+    def _retrieval(self, export: Export, processor: SampleEncoder) -> dict[str, Any]:
         pairs = _encode_pairs(processor, self._asked.pairs)
         retrieval = None
         if pairs:
@@ -220,7 +220,7 @@ class _Evaluator:
         return {"kind": "dual_encoder", "tasks": {}, "samples": [], "retrieval": retrieval}
 
 
-def _encode_pairs(processor: KeyeProcessor, samples: Sequence[Sample]) -> list[EncodedPair]:
+def _encode_pairs(processor: SampleEncoder, samples: Sequence[Sample]) -> list[EncodedPair]:
     pairs = []
     for sample in samples:
         try:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from keye_train.data.index import file_sha256
-from keye_train.model.processing import KeyeProcessor
+from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.runs import export_dir, read_json
 from keye_train.settings import (
     LanguageModelSettings,
@@ -18,6 +18,7 @@ from keye_train.settings import (
     ResolutionSettings,
     SpecialTokenSettings,
     TextTowerSettings,
+    VideoBackend,
 )
 
 
@@ -65,13 +66,13 @@ class Export:
             text_tower=TextTowerSettings(**text),
         )
 
-    def processor(self, resolution: ResolutionSettings) -> KeyeProcessor:
+    def processor(self, resolution: ResolutionSettings, video_backend: VideoBackend) -> SampleEncoder:
         """The processor with the export's own tokenizer.
 
         Raises:
             SettingsError: no tokenizer in the export, or one that disagrees with its config.json.
         """
-        return KeyeProcessor.from_settings(self.settings(), resolution)
+        return SampleEncoder.from_settings(self.settings(), resolution, video_backend)
 
     def encoding_key(self) -> str:
         """Equal for exports that turn the same sample into the same tensors."""

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from keye_train.model.keye import KeyeForConditionalGeneration
 from keye_train.model.packed import VisionInputs
-from keye_train.model.processing import EncodedSample
+from keye_train.model.sample_encoder import EncodedSample
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ import torch
 
 from keye_train.data.collate import collate_samples
 from keye_train.model.keye import KeyeForConditionalGeneration
-from keye_train.model.processing import EncodedSample
+from keye_train.model.sample_encoder import EncodedSample
 from keye_train.settings import ModelSettings
 
 PACK_TOKENS = 8192

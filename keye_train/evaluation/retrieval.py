@@ -16,7 +16,7 @@ from torch import Tensor
 from keye_train.data.collate import collate_pairs
 from keye_train.evaluation.scoring import interval
 from keye_train.model.dual_encoder import DualEncoder
-from keye_train.model.processing import EncodedPair
+from keye_train.model.sample_encoder import EncodedPair
 from keye_train.settings import ModelSettings
 
 RECALLS = (1, 5)

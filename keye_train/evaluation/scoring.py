@@ -26,23 +26,15 @@ from enum import Enum
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
+from keye_train.model.markup import GRID, Box, Point, format_boxes, parse_boxes, parse_points
 from keye_train.sample import Sample, SampleError
 
-Box = tuple[float, float, float, float]
-Point = tuple[float, float]
-
 IOU_THRESHOLD = 0.5
-GRID = 1000  # coordinates lie in [0, GRID)
 CORRECT_FROM = 0.5
 """Scores from here on count as correct where a sample is shown as right or wrong."""
 _Z95 = 1.959963984540054
 _BOOTSTRAP_DRAWS = 2000
 
-_NUMBER = r"\s*(\d{1,4}(?:\.\d{1,3})?)\s*"
-_BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
-_POINT = re.compile(rf"\[{_NUMBER},{_NUMBER}\]")
-_BOX_SPAN = re.compile(r"<\|box_start\|>(.*?)(?:<\|box_end\|>|$)", re.DOTALL)
-_POINT_SPAN = re.compile(r"<\|point_start\|>(.*?)(?:<\|point_end\|>|$)", re.DOTALL)
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
 
 
@@ -109,22 +101,6 @@ def normalise(text: str) -> str:
     return text.strip(" .!\"'`。")
 
 
-def parse_boxes(text: str) -> list[Box]:
-    """Boxes between ``<|box_start|>`` and ``<|box_end|>``; those without an area are left out."""
-    boxes = []
-    for span in _BOX_SPAN.findall(text):
-        for found in _BOX.findall(span):
-            x1, y1, x2, y2 = (float(number) for number in found)
-            if x1 < x2 and y1 < y2:
-                boxes.append((x1, y1, x2, y2))
-    return boxes
-
-
-def parse_points(text: str) -> list[Point]:
-    """Points between ``<|point_start|>`` and ``<|point_end|>``."""
-    return [(float(x), float(y)) for span in _POINT_SPAN.findall(text) for x, y in _POINT.findall(span)]
-
-
 def iou(left: Box, right: Box) -> float:
     """Intersection over union of two boxes with an area."""
     width = min(left[2], right[2]) - max(left[0], right[0])
@@ -171,7 +147,8 @@ def _best_constant(metric: Metric, targets: Sequence[Target]) -> float:
     candidates = list(dict.fromkeys(target.answer for target in targets))
     if metric == Metric.box_iou:
         boxes = np.array([box for target in targets for box in parse_boxes(target.answer)])
-        candidates += [format_boxes([tuple(box)]) for box in (boxes.mean(axis=0), np.median(boxes, axis=0))]
+        middle = np.minimum([boxes.mean(axis=0), np.median(boxes, axis=0)], GRID - 1)
+        candidates += [format_boxes([box]) for box in middle.tolist()]
     return max(sum(score(target, candidate) for target in targets) for candidate in candidates)
 
 
@@ -187,12 +164,6 @@ def _deepest_overlap(boxes: Sequence[Box]) -> int:
             depth[y1, x2] -= 1
             depth[y2, x1] -= 1
     return int(depth.cumsum(axis=0).cumsum(axis=1).max())
-
-
-def format_boxes(boxes: Sequence[Sequence[float]]) -> str:
-    """Boxes as the model writes them."""
-    inner = ",".join("[" + ",".join(str(round(corner)) for corner in box) + "]" for box in boxes)
-    return f"<|box_start|>[{inner}]<|box_end|>"
 
 
 def interval(scores: Sequence[float]) -> tuple[float, float]:

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from keye_train.model.dual_encoder import ContrastiveOutput, DualEncoder
     from keye_train.model.flops import FlopCoefficients, pack_flops
     from keye_train.model.generation import KeyeOutput
+    from keye_train.model.image_processor import KeyeImageProcessor
     from keye_train.model.keye import KeyeForConditionalGeneration
     from keye_train.model.packed import IGNORE_INDEX, ContrastiveInputs, PackedInputs, VisionInputs
     from keye_train.model.parameters import enable_activation_checkpointing, module_parameters
     from keye_train.model.pretrained import load_dual_encoder, load_export, load_state, read_state, save_export
+    from keye_train.model.processor import KeyeProcessor
     from keye_train.model.start import initial_dual_encoder, initial_model
 
 _HOMES = {
@@ -24,10 +26,12 @@ _HOMES = {
     "dual_encoder": ("ContrastiveOutput", "DualEncoder"),
     "flops": ("FlopCoefficients", "pack_flops"),
     "generation": ("KeyeOutput",),
+    "image_processor": ("KeyeImageProcessor",),
     "keye": ("KeyeForConditionalGeneration",),
     "packed": ("IGNORE_INDEX", "ContrastiveInputs", "PackedInputs", "VisionInputs"),
     "parameters": ("enable_activation_checkpointing", "module_parameters"),
     "pretrained": ("load_dual_encoder", "load_export", "load_state", "read_state", "save_export"),
+    "processor": ("KeyeProcessor",),
     "start": ("initial_dual_encoder", "initial_model"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -40,7 +44,9 @@ __all__ = [
     "FlopCoefficients",
     "KeyeConfig",
     "KeyeForConditionalGeneration",
+    "KeyeImageProcessor",
     "KeyeOutput",
+    "KeyeProcessor",
     "KeyeVisionConfig",
     "PackedInputs",
     "VisionInputs",

@@ -26,6 +26,23 @@ from keye_train.sample import MediaKind, SampleError
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 ROLES = ("system", "user", "assistant")
 
+CHAT_TEMPLATE = (
+    "{% set seen = namespace(images=0, videos=0) %}"
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n" + DEFAULT_SYSTEM_PROMPT + "<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for item in message['content'] %}"
+    "{% if item['type'] == 'image' or 'image' in item or 'image_url' in item %}"
+    "{% set seen.images = seen.images + 1 %}{% if add_vision_id %}Picture {{ seen.images }}: {% endif %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif item['type'] == 'video' or 'video' in item or 'video_url' in item %}"
+    "{% set seen.videos = seen.videos + 1 %}{% if add_vision_id %}Video {{ seen.videos }}: {% endif %}"
+    "<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The published template in Jinja, for transformers; ``add_vision_id`` numbers the media."""
+
 Message = dict[str, Any]
 
 
@@ -150,13 +167,15 @@ def encode_conversation(
     return EncodedChat(torch.tensor(ids), torch.tensor(labels))
 
 
-def text_token_count(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> int:
+def text_token_count(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation_prompt: bool = False
+) -> int:
     """Language tokens of a conversation without the pads of its media: what ``grid_tokens`` adds to.
 
     Raises:
         SampleError: see ``parse_turns``.
     """
-    return len(encode_conversation(tokenizer, messages, [0] * len(media_slots(messages))).input_ids)
+    return len(encode_conversation(tokenizer, messages, [0] * len(media_slots(messages)), generation_prompt).input_ids)
 
 
 def _parse_content(content: Any) -> list[str | MediaSlot]:

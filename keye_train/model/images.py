@@ -1,4 +1,4 @@
-"""Bytes of a picture -> 14 x 14 pixel patches, with exactly one resize.
+"""A picture -> 14 x 14 pixel patches, with exactly one resize.
 
 The size on the grid follows from the header (``positions.image_grid``), so ``probe_image`` and ``decode_image`` agree
 by construction. Pixels stay uint8; the model normalises them on its own device.
@@ -14,7 +14,8 @@ import numpy as np
 from einops import rearrange
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from keye_train.model.positions import PATCH_SIZE, Grid, image_grid
+from keye_train.model.media_options import MediaOptions, MediaRequest
+from keye_train.model.positions import PATCH_SIZE, Grid
 from keye_train.sample import MediaInfo, MediaKind, SampleError
 from keye_train.settings import ResolutionSettings
 
@@ -40,32 +41,70 @@ def probe_image(data: bytes) -> MediaInfo:
     Raises:
         SampleError: not a picture in one of ``FORMATS``, or more than ``MAX_PIXELS`` pixels.
     """
-    image, orientation = _open(data)
-    width, height = image.size
-    if orientation >= 5:
-        width, height = height, width
-    return MediaInfo(MediaKind.image, width, height)
+    return MediaInfo(MediaKind.image, *upright_size(open_image(data)))
 
 
-def decode_image(data: bytes, resolution: ResolutionSettings) -> tuple[np.ndarray, Grid]:
+def decode_image(
+    data: bytes, resolution: ResolutionSettings, options: MediaOptions | None = None
+) -> tuple[np.ndarray, Grid]:
     """Decode a picture into the patches that the vision tower reads; of an animation, the first frame.
 
     Returns:
         patches [h * w, 3, 14, 14] uint8 RGB in raster order, and the grid (1, h, w).
 
     Raises:
-        SampleError: broken, too large, too thin, or of an unknown kind.
+        SampleError: broken, too large, too thin, or of an unknown kind; or ``options`` that cannot hold together.
     """
-    image, orientation = _open(data)
+    return cut_image(open_image(data), resolution, options)
+
+
+def cut_image(
+    image: Image.Image, resolution: ResolutionSettings, options: MediaOptions | None = None
+) -> tuple[np.ndarray, Grid]:
+    """Patches of a picture in any mode; returned values and errors as for ``decode_image``."""
+    image = upright_rgb(image)
+    grid = MediaRequest.of(MediaInfo(MediaKind.image, *image.size), resolution, options).grid
+    return to_patches(resize_to_grid(image, grid)[None]), grid
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Open a picture; only its header is read.
+
+    Raises:
+        SampleError: not a picture in one of ``FORMATS``, or more than ``MAX_PIXELS`` pixels.
+    """
     try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _orientation(image)  # a broken EXIF block shows itself here
+    except UnidentifiedImageError as error:
+        raise SampleError(f"broken image: none of {', '.join(FORMATS)}") from error
+    except (Image.DecompressionBombError, *_BROKEN) as error:
+        raise SampleError(f"broken image: {error}") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise SampleError(f"image of {width} x {height} pixels is above the limit of {MAX_PIXELS} pixels")
+    return image
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height after EXIF rotation; decodes nothing."""
+    width, height = image.size
+    return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB (see ``to_rgb``), turned as EXIF says.
+
+    Raises:
+        SampleError: broken, or floating-point pixels.
+    """
+    try:
+        orientation = _orientation(image)
         image.load()
     except _BROKEN as error:
         raise SampleError(f"broken image: {error}") from error
     image = to_rgb(image)
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-    grid = image_grid(*image.size, resolution)
-    return to_patches(resize_to_grid(image, grid)[None]), grid
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -97,21 +136,6 @@ def to_patches(frames: np.ndarray) -> np.ndarray:
     """Cut frames [t, 14 * h, 14 * w, 3] into patches [t * h * w, 3, 14, 14] in raster order (t, h, w)."""
     patches = rearrange(frames, "t (h y) (w x) c -> (t h w) c y x", y=PATCH_SIZE, x=PATCH_SIZE)
     return np.ascontiguousarray(patches)
-
-
-def _open(data: bytes) -> tuple[Image.Image, int]:
-    """Picture with only its header read, and its EXIF orientation (1 to 8)."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        orientation = _orientation(image)
-    except UnidentifiedImageError as error:
-        raise SampleError(f"broken image: none of {', '.join(FORMATS)}") from error
-    except (Image.DecompressionBombError, *_BROKEN) as error:
-        raise SampleError(f"broken image: {error}") from error
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise SampleError(f"image of {width} x {height} pixels is above the limit of {MAX_PIXELS} pixels")
-    return image, orientation
 
 
 def _orientation(image: Image.Image) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import Unpack
 
+from keye_train.model.media_options import PIXELS_PER_TOKEN, MediaOptions, time_range
 from keye_train.model.positions import MAX_ASPECT_RATIO, TOKEN_SIDE, spread_indices
+from keye_train.sample import SampleError
 
-PIXELS_PER_TOKEN = TOKEN_SIDE**2
 FRAME_FACTOR = 2
 DEFAULT_FPS = 2.0
 DEFAULT_MIN_FRAMES = 4
@@ -22,22 +23,6 @@ VIDEO_MAX_PIXELS = 768 * PIXELS_PER_TOKEN
 VIDEO_TOTAL_PIXELS = int(128_000 * PIXELS_PER_TOKEN * 0.9)
 IMAGE_MIN_PIXELS = 4 * PIXELS_PER_TOKEN
 IMAGE_MAX_PIXELS = 16_384 * PIXELS_PER_TOKEN
-
-
-class VideoOptions(TypedDict, total=False):
-    """Keys that a video of a message may carry."""
-
-    fps: float
-    nframes: int
-    min_frames: int
-    max_frames: int
-    min_pixels: int
-    max_pixels: int
-    total_pixels: int
-    resized_height: int
-    resized_width: int
-    video_start: float  # seconds
-    video_end: float  # seconds
 
 
 @dataclass(frozen=True)
@@ -77,7 +62,7 @@ def published_processor_resize(height: int, width: int, min_pixels: float, max_p
 
 
 def published_video_sampling(
-    total_frames: int, video_fps: float, height: int, width: int, **options: Unpack[VideoOptions]
+    total_frames: int, video_fps: float, height: int, width: int, **options: Unpack[MediaOptions]
 ) -> VideoSampling:
     """Frames and size of a video.
 
@@ -100,20 +85,17 @@ def published_video_sampling(
     return VideoSampling(spread_indices(first, last, frames), frames / available * video_fps, *size)
 
 
-def _frame_range(total_frames: int, video_fps: float, options: VideoOptions) -> tuple[int, int]:
+def _frame_range(total_frames: int, video_fps: float, options: MediaOptions) -> tuple[int, int]:
     """First and last frame of the time range asked for."""
-    duration = total_frames / video_fps
-    first, last = 0, total_frames - 1
-    if "video_start" in options:
-        first = math.ceil(min(max(options["video_start"], 0.0), duration) * video_fps)
-    if "video_end" in options:
-        last = min(math.floor(min(max(options["video_end"], 0.0), duration) * video_fps), total_frames - 1)
-    if first >= last and ("video_start" in options or "video_end" in options):
-        raise ValueError(f"the time range holds no frames: first {first}, last {last}")
-    return first, last
+    if "video_start" not in options and "video_end" not in options:
+        return 0, total_frames - 1
+    try:
+        return time_range(total_frames, video_fps, options.get("video_start"), options.get("video_end"))
+    except SampleError as error:
+        raise ValueError(str(error)) from error
 
 
-def _frame_count(available: int, video_fps: float, options: VideoOptions) -> int:
+def _frame_count(available: int, video_fps: float, options: MediaOptions) -> int:
     if "fps" in options and "nframes" in options:
         raise ValueError("give fps or nframes, not both")
     if "nframes" in options:

@@ -1,60 +1,135 @@
-"""Bytes of a video -> 14 x 14 pixel patches of the frames that training looks at.
+"""A video -> 14 x 14 pixel patches of the frames that training looks at.
 
 Containers are demuxed whole (cheap, and the header is not trusted), but only the groups of pictures that hold a
 wanted frame are decoded, in time order and one frame at a time. One thread: the readers are parallel by process.
+
+How many frames are taken follows from the length and the mean rate, so it is known without decoding. Which ones:
+at a steady rate every n-th, as the published code takes them; at a variable rate the ones on screen at evenly spaced
+times. Either way time step k of the grid lies k * seconds_per_grid seconds behind the first, give or take one step.
 """
 
 from __future__ import annotations
 
 import io
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import av
 import numpy as np
 from PIL import Image
 
-from keye_train.model.images import resize_to_grid, to_patches
-from keye_train.model.positions import Grid, video_frame_indices, video_grid, video_seconds_per_grid
+from keye_train.model.images import resize_to_grid, to_patches, upright_rgb
+from keye_train.model.media_options import MediaOptions, MediaRequest
+from keye_train.model.positions import Grid
+from keye_train.model.video_torchcodec import torchcodec_frames
 from keye_train.sample import MediaInfo, MediaKind, SampleError
-from keye_train.settings import ResolutionSettings
+from keye_train.settings import ResolutionSettings, VideoBackend
 
 MAX_FRAME_PIXELS = 8192 * 4320
 # Playlists and image sequences could make FFmpeg open other files; these demuxers read only what they are given.
 DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf"
 
 
-def probe_video(data: bytes) -> MediaInfo:
+VideoFile = bytes | Path
+
+
+@dataclass(frozen=True)
+class DecodedVideo:
+    """The frames taken from a video."""
+
+    patches: np.ndarray  # [t * h * w, 3, 14, 14] uint8 RGB in raster order (t, h, w)
+    grid: Grid  # (t, h, w) in patches
+    seconds_per_grid: float  # between two time steps: what RoPE's time axis follows
+    times_s: list[float]  # [t] true time of each frame behind the first of the video
+
+
+def probe_video(data: VideoFile) -> MediaInfo:
     """Size, true number of frames and true average rate of a video; decodes one frame.
 
     Raises:
         SampleError: not a video, broken, empty, or with frames above ``MAX_FRAME_PIXELS``.
     """
-    with _opened(data) as stream:
-        return stream.info
+    with open_video(data) as video:
+        return video.info
 
 
-def decode_video(data: bytes, resolution: ResolutionSettings) -> tuple[np.ndarray, Grid, float]:
-    """Decode the frames that ``positions.video_frame_indices`` names, each resized once.
+def decode_video(
+    data: VideoFile,
+    resolution: ResolutionSettings,
+    options: MediaOptions | None = None,
+    backend: VideoBackend = VideoBackend.pyav,
+) -> DecodedVideo:
+    """Decode the frames that the budgets allow, each resized once.
 
     A frame that the decoder does not deliver (hidden or dropped by the encoder) is replaced by the one before it.
 
-    Returns:
-        patches [t * h * w, 3, 14, 14] uint8 RGB in raster order, the grid (t, h, w), and the seconds between two
-        time steps.
+    Raises:
+        SampleError: broken, too large, too thin, without frame rate, or of an unknown kind; or ``options`` that do
+            not fit it.
+        ValueError: ``backend`` is torchcodec, which cannot be loaded here.
+    """
+    with open_video(data) as video:
+        request = MediaRequest.of(video.info, resolution, options)
+        indices = frames_taken(video.seconds, request)
+        frames = video.pictures(indices, backend)
+        return _cut(frames, request, [video.seconds[index] for index in indices])
+
+
+def decode_frames(
+    frames: Sequence[Image.Image],
+    fps: float,
+    resolution: ResolutionSettings,
+    options: MediaOptions | None = None,
+) -> DecodedVideo:
+    """Patches of a video that is given as its frames; all of them are taken, or as many as the budgets allow.
+
+    Args:
+        frames: pictures of one size.
+        fps: frames per second that they were taken at; the key ``fps`` of ``options`` is not looked at.
+        resolution, options: budgets.
 
     Raises:
-        SampleError: broken, too large, too thin, without frame rate, or of an unknown kind.
+        SampleError: no frames, frames of several sizes, or ``options`` that do not fit them.
     """
-    with _opened(data) as stream:
-        grid = video_grid(stream.info, resolution)
-        order = sorted(range(len(stream.times)), key=stream.times.__getitem__)
-        wanted = [order[i] for i in video_frame_indices(stream.info, resolution)]
-        frames = (resize_to_grid(upright(frame), grid) for frame in stream.frames(wanted))
-        patches = [to_patches(frame[None]) for frame in frames]
-        return np.concatenate(patches), grid, video_seconds_per_grid(stream.info, resolution)
+    request = frames_request(frames, fps, resolution, options)
+    indices = request.frame_indices
+    return _cut((upright_rgb(frames[i]) for i in indices), request, [index / fps for index in indices])
+
+
+def frames_request(
+    frames: Sequence[Image.Image], fps: float, resolution: ResolutionSettings, options: MediaOptions | None = None
+) -> MediaRequest:
+    """What a list of frames costs; arguments and errors as for ``decode_frames``."""
+    sizes = {frame.size for frame in frames}
+    if len(sizes) != 1:
+        raise SampleError(f"a video of {len(frames)} frames with the sizes {sorted(sizes)}; one size is needed")
+    ((width, height),) = sizes
+    asked = MediaOptions(**{**(options or {}), "fps": fps})
+    if "nframes" in asked:
+        del asked["fps"]
+    whole = replace(resolution, video_min_frames=1)
+    return MediaRequest.of(MediaInfo(MediaKind.video, width, height, len(frames), fps), whole, asked)
+
+
+def frames_taken(seconds: Sequence[float], request: MediaRequest) -> list[int]:
+    """Numbers of the frames that are taken, ascending, in order of presentation.
+
+    Args:
+        seconds: [frames] time of every frame of the whole video, ascending.
+        request: how many, and from which range.
+    """
+    times = np.asarray(seconds)
+    step = (times[-1] - times[0]) / max(1, len(times) - 1)
+    if step <= 0 or np.abs(times - times[0] - step * np.arange(len(times))).max() <= step / 2:
+        return request.frame_indices
+    first, last = request.first_frame, request.first_frame + request.info.frames - 1
+    wanted = times[0] + step * np.linspace(first, last, len(request.frame_indices))
+    shown = np.searchsorted(times, wanted + step * 1e-6, side="right") - 1
+    return shown.clip(min=0).tolist()
 
 
 def upright(frame: av.VideoFrame) -> Image.Image:
@@ -64,16 +139,43 @@ def upright(frame: av.VideoFrame) -> Image.Image:
     return image.rotate(90 * quarter_turns, expand=True) if quarter_turns else image
 
 
-@dataclass
-class _Stream:
-    """A demuxed video. Positions count shown packets in decoding order; times are in ``seconds_per_tick``."""
+def _cut(frames: Iterable[Image.Image], request: MediaRequest, times_s: list[float]) -> DecodedVideo:
+    grid = request.grid
+    patches = [to_patches(resize_to_grid(frame, grid)[None]) for frame in frames]
+    return DecodedVideo(np.concatenate(patches), grid, request.seconds_per_grid, times_s)
 
+
+@dataclass
+class Video:
+    """A demuxed video. Positions count shown packets in decoding order; frames count them in order of presentation."""
+
+    data: VideoFile
     context: av.VideoCodecContext
     packets: list[av.Packet]
-    times: list[int]
+    times: list[int]  # of each position, in ticks
+    seconds_per_tick: float
     info: MediaInfo
+    turned: bool  # a display matrix turns the frames
 
-    def frames(self, wanted: Sequence[int]) -> Iterator[av.VideoFrame]:
+    def __post_init__(self) -> None:
+        self.order = sorted(range(len(self.times)), key=self.times.__getitem__)
+        """[frames] position of each frame."""
+        first = self.times[self.order[0]]
+        self.seconds = [(self.times[position] - first) * self.seconds_per_tick for position in self.order]
+        """[frames] time of each frame behind the first."""
+
+    def pictures(self, indices: Sequence[int], backend: VideoBackend = VideoBackend.pyav) -> Iterator[Image.Image]:
+        """Decode the frames ``indices`` (ascending, repeats allowed) to upright RGB pictures.
+
+        Raises:
+            SampleError: a frame cannot be decoded.
+            ValueError: ``backend`` is torchcodec, which cannot be loaded here.
+        """
+        if backend == VideoBackend.torchcodec and not self.turned:
+            return torchcodec_frames(self.data, indices)
+        return (upright(frame) for frame in self._frames([self.order[index] for index in indices]))
+
+    def _frames(self, wanted: Sequence[int]) -> Iterator[av.VideoFrame]:
         """Yield one frame for each wanted position; the positions ascend in presentation time."""
         targets = deque(self.times[position] for position in wanted)
         latest: av.VideoFrame | None = None
@@ -96,43 +198,55 @@ class _Stream:
         keys = [i for i, packet in enumerate(self.packets) if packet.is_keyframe]
         needed = np.zeros(len(self.packets) + 1, dtype=np.int8)
         for position in set(wanted):
-            # A frame shown before its key frame leans on the group before that one.
-            usable = [key for key in keys if key <= position and self.times[key] <= self.times[position]]
-            needed[(usable[-1] if usable else 0) : position + 1] = 1
+            group = bisect_right(keys, position) - 1
+            while group >= 0 and self.times[keys[group]] > self.times[position]:
+                group -= 1  # a frame shown before its key frame leans on the group before that one
+            needed[(keys[group] if group >= 0 else 0) : position + 1] = 1
         edges = np.flatnonzero(np.diff(needed, prepend=0))
         return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
 @contextmanager
-def _opened(data: bytes) -> Iterator[_Stream]:
-    """Demux a video and decode its first frame; FFmpeg's errors within the block become SampleError."""
-    try:
-        options = {"format_whitelist": DEMUXERS}
-        with av.open(io.BytesIO(data), mode="r", options=options, metadata_errors="replace") as container:
+def open_video(data: VideoFile) -> Iterator[Video]:
+    """Demux a video and decode its first frame; FFmpeg's errors within the block become SampleError.
+
+    Raises:
+        SampleError: not a video, broken, empty, or with frames above ``MAX_FRAME_PIXELS``.
+    """
+    with ExitStack() as stack:
+        try:
+            # An open file, never a name: FFmpeg would follow names to other protocols.
+            file = io.BytesIO(data) if isinstance(data, bytes) else stack.enter_context(data.open("rb"))
+            options = {"format_whitelist": DEMUXERS}
+            container = stack.enter_context(av.open(file, mode="r", options=options, metadata_errors="replace"))
             if not container.streams.video:
                 raise SampleError("media without a video stream")
-            video = container.streams.video[0]
-            context = video.codec_context
+            stream = container.streams.video[0]
+            context = stream.codec_context
             if context is None:
                 raise SampleError("video of an unknown codec")
             context.thread_count = 1
-            packets = [packet for packet in container.demux(video) if packet.size]
-            fps = _frame_rate(video, packets)
-            times = _presentation_times(packets)
-            width, height = _upright_size(context, packets)
-            yield _Stream(context, packets, times, MediaInfo(MediaKind.video, width, height, len(packets), fps))
-    except av.FFmpegError as error:
-        raise SampleError(f"broken video: {error.strerror}") from error
+            packets = [packet for packet in container.demux(stream) if packet.size]
+            fps = _frame_rate(stream, packets)
+            times, tick = _presentation_times(packets, float(stream.time_base or 0), fps)
+            width, height, turned = _upright_size(context, packets)
+            info = MediaInfo(MediaKind.video, width, height, len(packets), fps)
+            yield Video(data, context, packets, times, tick, info, turned)
+        except av.FFmpegError as error:
+            raise SampleError(f"broken video: {error.strerror}") from error
 
 
-def _presentation_times(packets: list[av.Packet]) -> list[int]:
-    """Time stamp of each packet; streams without them (raw or AVI) are numbered in decoding order."""
+def _presentation_times(packets: list[av.Packet], tick: float, fps: float) -> tuple[list[int], float]:
+    """Time stamp of each packet and the seconds of its unit.
+
+    Streams without time stamps (raw or AVI) are numbered in decoding order.
+    """
     times = [packet.pts for packet in packets if packet.pts is not None]
     if len(times) == len(packets):
-        return times
+        return times, tick
     for number, packet in enumerate(packets):
         packet.pts = number
-    return list(range(len(packets)))
+    return list(range(len(packets))), (1 / fps if fps > 0 else 0.0)
 
 
 def _frame_rate(video: av.VideoStream, packets: list[av.Packet]) -> float:
@@ -143,14 +257,15 @@ def _frame_rate(video: av.VideoStream, packets: list[av.Packet]) -> float:
     return float(video.average_rate or video.guessed_rate or 0)
 
 
-def _upright_size(context: av.VideoCodecContext, packets: list[av.Packet]) -> tuple[int, int]:
-    """Width and height of the first frame as it is shown."""
+def _upright_size(context: av.VideoCodecContext, packets: list[av.Packet]) -> tuple[int, int, bool]:
+    """Width and height of the first frame as it is shown, and whether that is turned from how it is stored."""
     for packet in [*packets, None]:
         for frame in context.decode(packet):
             _check_frame(frame)
             context.flush_buffers()
-            turned = round(frame.rotation / 90) % 2
-            return (frame.height, frame.width) if turned else (frame.width, frame.height)
+            quarter_turns = round(frame.rotation / 90) % 4
+            width, height = (frame.height, frame.width) if quarter_turns % 2 else (frame.width, frame.height)
+            return width, height, quarter_turns != 0
     raise SampleError("broken video: no frame can be decoded")
 
 

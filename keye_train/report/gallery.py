@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 from keye_train.data.formats import parse_sample
 from keye_train.data.index import read_columns
 from keye_train.data.reader import ShardReader
-from keye_train.evaluation.scoring import Box, Point, parse_boxes, parse_points
 from keye_train.model.chat import media_slots
+from keye_train.model.markup import Box, Point, parse_boxes, parse_points
 from keye_train.model.video import upright
 from keye_train.sample import MediaKind, Sample, SampleError, SampleRef
 

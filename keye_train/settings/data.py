@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from keye_train.settings.basics import SettingsError
 
 
+class VideoBackend(str, Enum):
+    """What decodes videos. Both take the same frames; their pixels differ by rounding."""
+
+    pyav = "pyav"
+    """PyAV, which brings its own FFmpeg."""
+    torchcodec = "torchcodec"
+    """torchcodec, which needs the shared libraries of an FFmpeg on every machine that reads data."""
+    auto = "auto"
+    """torchcodec where it can be loaded, else PyAV: pixels then depend on the machine in their last bits."""
+
+
 @dataclass
 class ResolutionSettings:
-    """How many tokens an image or a video may take. The size of any media follows from these without decoding it."""
+    """How many tokens an image or a video may take. The size of any media follows from these without decoding it.
+
+    The values here are those of the first report of Keye-VL (2.2) and its released code; ``recipes/resolution`` has
+    those of both reports.
+    """
 
     image_min_tokens: int = 4
     image_max_tokens: int = 16384
     video_frame_min_tokens: int = 128
+    """Of one frame; gives way where a video of ``video_min_frames`` would not fit into ``video_max_tokens``."""
     video_frame_max_tokens: int = 768
     video_max_tokens: int = 24576
+    """Of all frames of one video."""
     video_fps: float = 2.0
+    """Frames taken from each second of a video, as far as the limits below allow."""
     video_min_frames: int = 4
     video_max_frames: int = 768
 
@@ -44,6 +63,7 @@ class DataSettings:
     heldout_pairs: SourceSettings | None = None
     """Image-caption pairs for the retrieval score of Stage 0."""
     resolution: ResolutionSettings = field(default_factory=ResolutionSettings)
+    video_backend: VideoBackend = VideoBackend.pyav
     window_samples: int = 65536
     """Samples drawn, as metadata only, before they are packed together."""
     workers: int = 2

@@ -24,7 +24,7 @@ from keye_train.data.loader import Loader, StepData
 from keye_train.data.plan import Plan, PlanState, flop_cost
 from keye_train.model import keye_config, module_parameters
 from keye_train.model.pretrained import load_state
-from keye_train.model.processing import KeyeProcessor
+from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.sample import SampleRef
 from keye_train.settings import Objective, TrainSettings
 from keye_train.training import build, checkpoint, distributed, export, manifest
@@ -85,7 +85,9 @@ class Trainer:
         self._stop_request = stop_request
         settings.gradient_accumulation(world.size)  # refuses a world size that does not divide the global batch
         self.plan = Plan.from_settings(settings, flop_cost(keye_config(settings.model), self.stage.objective))
-        self.processor = KeyeProcessor.from_settings(settings.model, settings.data.resolution)
+        self.processor = SampleEncoder.from_settings(
+            settings.model, settings.data.resolution, settings.data.video_backend
+        )
         found = checkpoint.newest_whole(self.run_dir, world)
         self.state = found.state if found else TrainState(0, 0, self.plan.start().to_json())
         self.objective = build.build_objective(settings)

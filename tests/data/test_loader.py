@@ -23,7 +23,7 @@ from keye_train.data.loader import Loader, StepData
 from keye_train.data.plan import Plan, PlanState
 from keye_train.data.reader import offsets_path
 from keye_train.model.packed import IGNORE_INDEX, ContrastiveInputs, PackedInputs
-from keye_train.model.processing import KeyeProcessor
+from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.settings import Objective, SettingsError, SourceSettings, TrainSettings
 
 MakeShard = Callable[..., Path]
@@ -36,7 +36,7 @@ def toy_cost(sizes: Sizes):
 
 def make_loader(settings: TrainSettings, rank: int = 0, world_size: int = 1, state: PlanState | None = None) -> Loader:
     plan = Plan.from_settings(settings, toy_cost)
-    processor = KeyeProcessor.from_settings(settings.model, settings.data.resolution)
+    processor = SampleEncoder.from_settings(settings.model, settings.data.resolution)
     return Loader(plan, processor, rank, world_size, settings, state)
 
 

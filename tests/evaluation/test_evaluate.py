@@ -16,7 +16,7 @@ from keye_train.evaluation.evaluate import question_text
 from keye_train.evaluation.heldout import read_tasks
 from keye_train.model.packed import IGNORE_INDEX
 from keye_train.model.pretrained import load_export
-from keye_train.model.processing import KeyeProcessor
+from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.sample import Sample, SampleRef
 from keye_train.settings import (
     DataSettings,
@@ -107,7 +107,7 @@ class TestResults:
     def test_loss_is_that_of_single_samples(self, world: Any, results: Any) -> None:
         settings, data, exports = world
         model = load_export(exports[1])
-        processor = KeyeProcessor.from_settings(settings, RESOLUTION)
+        processor = SampleEncoder.from_settings(settings, RESOLUTION)
         total, tokens = 0.0, 0
         for asked in read_tasks(data, 100, 0)["sum"].questions:
             encoded = processor.encode(asked.sample)

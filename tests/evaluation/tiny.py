@@ -20,7 +20,7 @@ from keye_train.data.index import build_index, tokenizer_fingerprint
 from keye_train.model.configuration import KeyeConfig
 from keye_train.model.keye import KeyeForConditionalGeneration
 from keye_train.model.pretrained import save_export
-from keye_train.model.processing import EncodedSample
+from keye_train.model.sample_encoder import EncodedSample
 from keye_train.model.start import initial_dual_encoder, initial_model
 from keye_train.sample import SampleRef
 from keye_train.settings import (

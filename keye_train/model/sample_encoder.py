@@ -1,4 +1,4 @@
-"""A sample in, tensors out: the one place where tokenizer, chat template, images, video and positions meet."""
+"""A sample of a shard in, tensors of the training out: tokenizer, chat template, media and positions meet here."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from keye_train.model.chat import (
     parse_turns,
 )
 from keye_train.model.images import decode_image
+from keye_train.model.media_options import MediaOptions
+from keye_train.model.messages import Medium
 from keye_train.model.packed import IGNORE_INDEX
 from keye_train.model.positions import PATCH_SIZE, Grid, grid_tokens, sample_positions
-from keye_train.model.video import decode_video
+from keye_train.model.video_torchcodec import checked_backend
 from keye_train.sample import MediaKind, Sample, SampleError, SampleRef
-from keye_train.settings import ModelSettings, ResolutionSettings, SettingsError
+from keye_train.settings import ModelSettings, ResolutionSettings, SettingsError, VideoBackend
 
 # Field of model.special_tokens -> the token it stands for
 SPECIAL_TOKENS = {
@@ -65,27 +67,38 @@ class EncodedPair:
     text_ids: Tensor  # [max_tokens] int64, right-padded
 
 
-class KeyeProcessor:
+class SampleEncoder:
     """Turns samples into tensors. Its faults are ValueErrors; those of the data are SampleErrors."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, model: ModelSettings, resolution: ResolutionSettings
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model: ModelSettings,
+        resolution: ResolutionSettings,
+        video_backend: VideoBackend = VideoBackend.pyav,
     ) -> None:
         _check_special_tokens(tokenizer, model)
         _check_vocabulary(tokenizer, model.language.vocab_size, "model.language.vocab_size")
         self.tokenizer = tokenizer
         self.model = model
         self.resolution = resolution
+        self.video_backend = checked_backend(video_backend)
 
     @classmethod
-    def from_settings(cls, model: ModelSettings, resolution: ResolutionSettings) -> KeyeProcessor:
+    def from_settings(
+        cls,
+        model: ModelSettings,
+        resolution: ResolutionSettings,
+        video_backend: VideoBackend = VideoBackend.pyav,
+    ) -> SampleEncoder:
         """Load the tokenizer from its folder; nothing is fetched and no code of the folder is run.
 
         Raises:
             SettingsError: no tokenizer there, or one that disagrees with ``model.special_tokens`` or
-                ``model.language.vocab_size``.
+                ``model.language.vocab_size``; or torchcodec is asked for and cannot be loaded.
         """
-        return cls(_load(PreTrainedTokenizerFast, model.tokenizer, "model.tokenizer"), model, resolution)
+        tokenizer = _load(PreTrainedTokenizerFast, model.tokenizer, "model.tokenizer")
+        return cls(tokenizer, model, resolution, video_backend)
 
     @cached_property
     def text_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -153,14 +166,10 @@ class KeyeProcessor:
         grids: list[Grid] = []
         seconds: list[float] = []
         for kind, data in _media_of(sample, media_slots(messages)):
-            if kind == MediaKind.image:
-                own, grid = decode_image(data, self.resolution)
-                step = 0.0
-            else:
-                own, grid, step = decode_video(data, self.resolution)
-            patches.append(own)
-            grids.append(grid)
-            seconds.append(step)
+            pixels = Medium(kind, data, MediaOptions()).pixels(self.resolution, backend=self.video_backend)
+            patches.append(pixels.patches)
+            grids.append(pixels.grid)
+            seconds.append(pixels.seconds_per_grid)
         chat: EncodedChat = encode_conversation(
             self.tokenizer, messages, [grid_tokens(grid) for grid in grids], generation_prompt
         )

@@ -13,7 +13,7 @@ from keye_train.model.chat import text_token_count
 from keye_train.model.images import probe_image
 from keye_train.model.packed import IGNORE_INDEX, PackedInputs, VisionInputs
 from keye_train.model.positions import grid_tokens, media_grid, rope_index, video_seconds_per_grid
-from keye_train.model.processing import KeyeProcessor
+from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.model.video import probe_video
 from keye_train.sample import Sample, SampleError, SampleRef
 from keye_train.settings import ModelSettings, ResolutionSettings, SettingsError
@@ -31,8 +31,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSettings:
 
 
 @pytest.fixture(scope="module")
-def processor(model: ModelSettings) -> KeyeProcessor:
-    return KeyeProcessor.from_settings(model, RESOLUTION)
+def encoder(model: ModelSettings) -> SampleEncoder:
+    return SampleEncoder.from_settings(model, RESOLUTION)
 
 
 def sample(content: object, answer: str | None = "red", **media: bytes) -> Sample:
@@ -52,13 +52,13 @@ def mixed_sample() -> Sample:
     return sample(content, clip=VIDEO, photo=IMAGE)
 
 
-def test_an_interleaved_sample_becomes_consistent_tensors(processor: KeyeProcessor, model: ModelSettings) -> None:
-    encoded = processor.encode(mixed_sample())
+def test_an_interleaved_sample_becomes_consistent_tensors(encoder: SampleEncoder, model: ModelSettings) -> None:
+    encoded = encoder.encode(mixed_sample())
     infos = [probe_video(VIDEO), probe_image(IMAGE)]
     grids = [media_grid(info, RESOLUTION) for info in infos]
     assert (encoded.ref.key, encoded.task) == ("0", "colour")
     assert encoded.grid_thw.tolist() == [list(grid) for grid in grids]
-    foretold = text_token_count(processor.tokenizer, mixed_sample().messages) + sum(map(grid_tokens, grids))
+    foretold = text_token_count(encoder.tokenizer, mixed_sample().messages) + sum(map(grid_tokens, grids))
     assert len(encoded.input_ids) == len(encoded.labels) == foretold
     assert encoded.pixel_patches.shape == (4 * sum(map(grid_tokens, grids)), 3, 14, 14)
     assert encoded.pixel_patches.dtype == torch.uint8
@@ -85,15 +85,15 @@ def test_an_interleaved_sample_becomes_consistent_tensors(processor: KeyeProcess
     assert toy_tokenizer().decode(pack.loss_targets) == "red<|im_end|>"
 
 
-def test_text_alone_has_empty_vision(processor: KeyeProcessor) -> None:
-    encoded = processor.encode(sample("colour?"))
+def test_text_alone_has_empty_vision(encoder: SampleEncoder) -> None:
+    encoded = encoder.encode(sample("colour?"))
     assert encoded.pixel_patches.shape == (0, 3, 14, 14)
     assert encoded.grid_thw.shape == (0, 3)
     assert torch.equal(encoded.position_ids, torch.arange(len(encoded.input_ids)).expand(3, -1))
 
 
-def test_a_prompt_ends_where_the_answer_begins(processor: KeyeProcessor) -> None:
-    whole, prompt = processor.encode(mixed_sample()), processor.encode_prompt(mixed_sample())
+def test_a_prompt_ends_where_the_answer_begins(encoder: SampleEncoder) -> None:
+    whole, prompt = encoder.encode(mixed_sample()), encoder.encode_prompt(mixed_sample())
     length = len(prompt.input_ids)
     assert torch.equal(prompt.input_ids, whole.input_ids[:length])
     assert torch.equal(prompt.position_ids, whole.position_ids[:, :length])
@@ -102,19 +102,17 @@ def test_a_prompt_ends_where_the_answer_begins(processor: KeyeProcessor) -> None
     assert (prompt.labels == IGNORE_INDEX).all()
 
 
-def test_a_prompt_without_an_answer_is_the_whole_conversation(processor: KeyeProcessor) -> None:
-    bare = processor.encode_prompt(sample("colour?", answer=None))
-    assert torch.equal(bare.input_ids, processor.encode_prompt(sample("colour?")).input_ids)
+def test_a_prompt_without_an_answer_is_the_whole_conversation(encoder: SampleEncoder) -> None:
+    bare = encoder.encode_prompt(sample("colour?", answer=None))
+    assert torch.equal(bare.input_ids, encoder.encode_prompt(sample("colour?")).input_ids)
 
 
-def test_a_pair_is_one_image_and_its_padded_caption(processor: KeyeProcessor, model: ModelSettings) -> None:
-    pair = processor.encode_pair(
-        sample([{"type": "image", "image": "0.png"}], "a red <|image_pad|>", **{"0.png": IMAGE})
-    )
+def test_a_pair_is_one_image_and_its_padded_caption(encoder: SampleEncoder, model: ModelSettings) -> None:
+    pair = encoder.encode_pair(sample([{"type": "image", "image": "0.png"}], "a red <|image_pad|>", **{"0.png": IMAGE}))
     assert len(pair.pixel_patches) == int(pair.grid_thw.prod())
     assert pair.text_ids.shape == (model.text_tower.max_tokens,)
     assert model.special_tokens.image_pad not in pair.text_ids.tolist()
-    short = processor.encode_pair(sample([{"type": "image", "image": "0.png"}], "a", **{"0.png": IMAGE}))
+    short = encoder.encode_pair(sample([{"type": "image", "image": "0.png"}], "a", **{"0.png": IMAGE}))
     assert short.text_ids[1:].tolist() == [model.special_tokens.pad] * (model.text_tower.max_tokens - 1)
 
 
@@ -126,9 +124,9 @@ def test_a_pair_is_one_image_and_its_padded_caption(processor: KeyeProcessor, mo
         ([{"type": "video", "video": "a"}], {"a": VIDEO}),
     ],
 )
-def test_a_pair_needs_exactly_one_image(processor: KeyeProcessor, content: object, media: dict[str, bytes]) -> None:
+def test_a_pair_needs_exactly_one_image(encoder: SampleEncoder, content: object, media: dict[str, bytes]) -> None:
     with pytest.raises(SampleError, match="exactly one image"):
-        processor.encode_pair(sample(content, **media))
+        encoder.encode_pair(sample(content, **media))
 
 
 @pytest.mark.parametrize(
@@ -142,38 +140,36 @@ def test_a_pair_needs_exactly_one_image(processor: KeyeProcessor, content: objec
         (sample(None), "content"),
     ],
 )
-def test_broken_samples_are_sample_errors_with_the_reason(
-    processor: KeyeProcessor, broken: Sample, reason: str
-) -> None:
+def test_broken_samples_are_sample_errors_with_the_reason(encoder: SampleEncoder, broken: Sample, reason: str) -> None:
     with pytest.raises(SampleError, match=reason):
-        processor.encode(broken)
+        encoder.encode(broken)
 
 
-def test_a_processor_travels_to_worker_processes(processor: KeyeProcessor) -> None:
-    copy = pickle.loads(pickle.dumps(processor))
-    assert torch.equal(copy.encode(mixed_sample()).input_ids, processor.encode(mixed_sample()).input_ids)
+def test_a_processor_travels_to_worker_processes(encoder: SampleEncoder) -> None:
+    copy = pickle.loads(pickle.dumps(encoder))
+    assert torch.equal(copy.encode(mixed_sample()).input_ids, encoder.encode(mixed_sample()).input_ids)
 
 
 def test_a_special_token_that_disagrees_names_the_setting_and_the_fix(model: ModelSettings) -> None:
     wrong = dataclasses.replace(model.special_tokens, image_pad=0)
     right = model.special_tokens.image_pad
     with pytest.raises(SettingsError, match=f"set model.special_tokens.image_pad={right}"):
-        KeyeProcessor.from_settings(dataclasses.replace(model, special_tokens=wrong), RESOLUTION)
+        SampleEncoder.from_settings(dataclasses.replace(model, special_tokens=wrong), RESOLUTION)
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(model: ModelSettings) -> None:
     language = dataclasses.replace(model.language, vocab_size=100)
     with pytest.raises(SettingsError, match=r"language\.vocab_size=100"):
-        KeyeProcessor.from_settings(dataclasses.replace(model, language=language), RESOLUTION)
+        SampleEncoder.from_settings(dataclasses.replace(model, language=language), RESOLUTION)
     text = dataclasses.replace(model.text_tower, vocab_size=100)
-    processor = KeyeProcessor.from_settings(dataclasses.replace(model, text_tower=text), RESOLUTION)
+    encoder = SampleEncoder.from_settings(dataclasses.replace(model, text_tower=text), RESOLUTION)
     with pytest.raises(SettingsError, match=r"text_tower\.vocab_size=100"):
-        _ = processor.text_tokenizer
+        _ = encoder.text_tokenizer
 
 
 def test_a_folder_without_a_tokenizer_is_refused(model: ModelSettings, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"model\.tokenizer=.*no tokenizer"):
-        KeyeProcessor.from_settings(dataclasses.replace(model, tokenizer=str(tmp_path)), RESOLUTION)
+        SampleEncoder.from_settings(dataclasses.replace(model, tokenizer=str(tmp_path)), RESOLUTION)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     with pytest.raises(SettingsError, match="cannot be loaded"):
-        KeyeProcessor.from_settings(dataclasses.replace(model, tokenizer=str(tmp_path)), RESOLUTION)
+        SampleEncoder.from_settings(dataclasses.replace(model, tokenizer=str(tmp_path)), RESOLUTION)
