@@ -2,9 +2,9 @@
 
 Legend: B image-caption pairs of this rank, N the most pairs of any rank, C width of the vectors.
 
-Over ranks the captions travel in a ring (SigLIP paper, section 3.3): each rank holds the captions of one rank at a time,
-scores its own images against them and passes them on. Memory is one [B, N] block and two [N, C] chunks whatever the
-number of ranks; neither the logits of all ranks nor the captions of all ranks ever stand in one place.
+Over ranks the captions travel in a ring (SigLIP paper, section 3.3): each rank holds the captions of one rank at a
+time, scores its own images against them and passes them on. Memory is one [B, N] block and a few [N, C] chunks whatever
+the number of ranks; neither the logits of all ranks nor the captions of all ranks ever stand in one place.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Group = dist.ProcessGroup
 
 
 def siglip_loss(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor, partners: bool = True
+    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor, *, partners: bool = True
 ) -> Tensor:
     """Sigmoid loss of each image against every text (SigLIP paper, equation 1, before the mean). Always float32.
 
@@ -100,7 +100,7 @@ class _RingLoss(torch.autograd.Function):
             arriving = _pass_on(held, ctx.group)
             rows = slice(ctx.sizes[owner])
             with torch.enable_grad():
-                leaves = [part.detach().requires_grad_() for part in (images, held[rows], scale, bias)]
+                leaves = tuple(part.detach().requires_grad_() for part in (images, held[rows], scale, bias))
                 losses = siglip_loss(*leaves, partners=step == 0)
             of_images, of_texts, of_scale, of_bias = torch.autograd.grad(losses, leaves, grad_losses)
             grad_images += of_images

@@ -67,9 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Keeps only the log-sum-exp of each row between forward and backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, compute: torch.dtype, block: int
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, compute: torch.dtype, block: int) -> Tensor:
         rows = hidden.shape[0]
         largest = torch.full((rows,), -torch.inf, dtype=torch.float32, device=hidden.device)
         sums = torch.zeros_like(largest)  # of exp(logit - largest), over the blocks so far
@@ -107,11 +105,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 slopes.scatter_add_(1, place, -inside[:, None].float())
                 slopes = slopes.mul_(grad_losses[:, None]).to(ctx.compute)
                 if grad_hidden is not None:
-                    # Bands of rows: the sum in another data type needs room for its right-hand side.
-                    for sums, part in zip(grad_hidden.split(BAND_ROWS), slopes.split(BAND_ROWS), strict=True):
-                        sums += part @ matrix
+                    _add_product(grad_hidden, slopes, matrix)
                 if grad_weight is not None:
                     grad_weight[columns] = slopes.T @ states
+                del slopes  # before the next block's logits take its room
         return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
@@ -120,3 +117,9 @@ def _places(targets: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
     place = targets - start
     inside = (place >= 0) & (place < columns)
     return place.clamp(0, columns - 1)[:, None], inside
+
+
+def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """``sums += left @ right`` in bands of rows: adding another data type to float32 needs room for a copy."""
+    for own, part in zip(sums.split(BAND_ROWS), left.split(BAND_ROWS), strict=True):
+        own += part @ right
