@@ -9,7 +9,7 @@ Units stand in the names: ``_tokens`` are tokens of the language model (one toke
 """
 
 from keye_train.settings.basics import MODULES, MergeMethod, Objective, Precision, ScheduleShape, SettingsError
-from keye_train.settings.data import DataSettings, ResolutionSettings, SourceSettings
+from keye_train.settings.data import DataSettings, ResolutionSettings, SourceSettings, ZeroshotSettings
 from keye_train.settings.model import (
     LanguageModelSettings,
     ModelSettings,
@@ -67,4 +67,5 @@ __all__ = [
     "TextTowerSettings",
     "TrainSettings",
     "VisionTowerSettings",
+    "ZeroshotSettings",
 ]
