@@ -5,7 +5,8 @@
 Peak of what torch's allocator hands out above hidden states, output matrix and the gradient of that matrix, which any
 loss needs (1.24 GB each for the matrices of 151,936 words). The gradient of the hidden states is counted. The
 loss walks blocks of the vocabulary, so the vocabulary's size changes the number of blocks, not their memory: on a CPU
-the long row runs over a part of it. `--full`, and a GPU, run all 151,936. Plain: `F.cross_entropy` on float32 logits.
+the long row runs over a part of it. `--full`, and a GPU, run all 151,936. Plain: `F.cross_entropy` on float32
+logits; its figure is too low by the gradient of the matrix, which does not exist yet at its peak.
 """
 
 from __future__ import annotations
