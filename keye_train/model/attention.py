@@ -153,7 +153,13 @@ def _attention_by_segment(
     causal: bool,
     scale: float | None,
 ) -> Tensor:
-    """Any device and data type. Neighbours of equal length go through one call as a batch."""
+    """Any device and data type. Neighbours of equal length go through one call as a batch.
+
+    The one loop over segments, and the one place that reads their lengths, of a training forward; no GPU in half
+    precision comes here. Forward and backward on one CPU core, 4 heads of 32: 100 segments of 20 to 80 tokens take 23
+    ms, 29 ms as one padded batch; 16 of 230 to 855 take 126 ms against 220. Sorting segments of equal length
+    together, wherever they stand, saves at most a tenth.
+    """
     lengths = zip(query_segments.cu_seqlens.diff().tolist(), key_segments.cu_seqlens.diff().tolist(), strict=True)
     runs = [(shape, len(list(group))) for shape, group in groupby(lengths)]
     # One split, not many slices: the backward of a slice writes a whole row of zeros.
