@@ -72,10 +72,11 @@ def results_table(results: Mapping[str, Any]) -> Table:
         own = tower_columns([model])
         cells += [f"{100 * own[head]['score']:.1f}" if head in own else "–" for head in towers]
         table.add_row(model["name"], *cells)
-    if tasks:
+    if tasks or towers:
         table.add_section()
         chances = [task["chance"] for task in tasks]
-        cells = [f"{100 * level:.1f}" for level in (sum(chances) / len(chances), *chances)]
+        mean = [sum(chances) / len(chances)] if tasks else []
+        cells = [f"{100 * level:.1f}" for level in (*mean, *chances)] or ["–"]
         cells += [f"{100 * column['chance']:.1f}" for column in towers.values()]
         table.add_row("chance", *cells, style="dim")
     return table

@@ -114,6 +114,8 @@ class TestResults:
         shown = "".join(part.text for part in Console(width=200).render(results_table(results)))
         assert "0-shot colour" in shown
         assert "R@1 i>t" in shown
+        alone = results | {"tasks": [], "models": [towers]}
+        assert "chance" in "".join(part.text for part in Console(width=200).render(results_table(alone)))
 
     def test_loss_is_that_of_single_samples(self, world: Any, results: Any) -> None:
         settings, data, exports = world
