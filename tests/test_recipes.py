@@ -99,6 +99,11 @@ def test_a_stored_recipe_reads_back_equal() -> None:
         (["model.language.mrope_section=[1,2,3]"], "mrope_section"),
         (["data.resolution.image_min_tokens=0"], "image_min_tokens"),
         (["model.start.random=false"], "parent="),
+        (["stage.compile_layers=true", "stage.activation_checkpointing=true"], "set one of"),
+        (
+            ["stage.compile_layers=true", "stage.activation_checkpointing=false", "deepspeed=zero3"],
+            "deepspeed.zero_stage=2 or less",
+        ),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_by_name(overrides: list[str], expected: str) -> None:

@@ -27,6 +27,7 @@ from keye_train.evaluation.loss import heldout_loss
 from keye_train.evaluation.results import results_table, summarise, task_result
 from keye_train.evaluation.retrieval import embed_pairs, retrieval_scores
 from keye_train.evaluation.scoring import CORRECT_FROM, score
+from keye_train.evaluation.zeroshot import ZeroshotTask, class_vectors, read_zeroshot, zeroshot_scores
 from keye_train.model.pretrained import load_dual_encoder, load_export
 from keye_train.model.sample_encoder import EncodedPair, EncodedSample, SampleEncoder
 from keye_train.runs import commit, read_json, versions, write_json_atomic
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 RESULTS = "results.json"
 CACHE = "cache"
 PLAIN_WIDTH = 160  # columns of the table where the output is no terminal
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Goes up whenever the same model and data would give another result."""
 
 
@@ -57,13 +58,15 @@ class Heldouts:
 
     tasks: dict[str, Heldout]
     pairs: list[Sample]
+    zeroshot: dict[str, ZeroshotTask]
     fingerprint: str
 
 
 def evaluate(settings: EvaluationSettings, progress: bool = True) -> Path:
     """Score every model of ``settings.models``, write ``OUT/results.json`` and print the table.
 
-    Language models answer the tasks of ``data.heldout``; exports of Stage 0 match the pairs of ``data.heldout_pairs``.
+    Language models answer the tasks of ``data.heldout``; exports of Stage 0 match the pairs of ``data.heldout_pairs``
+    and classify the images of ``data.zeroshot``.
 
     Returns:
         Path of results.json.
@@ -108,9 +111,9 @@ def evaluate(settings: EvaluationSettings, progress: bool = True) -> Path:
 
 
 def _read_heldouts(settings: EvaluationSettings) -> Heldouts:
-    if not settings.data.heldout and settings.data.heldout_pairs is None:
+    if not settings.data.heldout and settings.data.heldout_pairs is None and not settings.data.zeroshot:
         raise SettingsError(
-            f"data={settings.data.name} has no held-out samples: set data.heldout or data.heldout_pairs"
+            f"data={settings.data.name} has no held-out samples: set data.heldout, data.heldout_pairs or data.zeroshot"
         )
     tasks = read_tasks(settings.data, settings.samples_per_task, settings.seed)
     pairs = []
@@ -124,8 +127,10 @@ def _read_heldouts(settings: EvaluationSettings) -> Heldouts:
                 pairs.append(parse_sample(ref, members))
             except SampleError as problem:
                 logger.warning("pairs: %s of %s is left out: %s", ref.key, ref.shard, problem)
+    zeroshot = read_zeroshot(settings.data, settings.samples_per_task, settings.seed)
     samples = [question.sample for heldout in tasks.values() for question in heldout.questions]
-    return Heldouts(tasks, pairs, fingerprint([*samples, *pairs]))
+    classified = [sample for task in zeroshot.values() for sample in task.samples]
+    return Heldouts(tasks, pairs, zeroshot, fingerprint([*samples, *pairs, *classified]))
 
 
 def _asked_settings(settings: EvaluationSettings) -> dict[str, Any]:
@@ -136,6 +141,7 @@ def _asked_settings(settings: EvaluationSettings) -> dict[str, Any]:
         "max_new_tokens": settings.max_new_tokens,
         "seed": settings.seed,
         "resolution": asdict(settings.data.resolution),
+        "zeroshot": {name: asdict(task) for name, task in settings.data.zeroshot.items()},
     }
 
 
@@ -159,7 +165,7 @@ class _Evaluator:
         """All results of one model."""
         began = time.monotonic()
         processor = export.processor(self._settings.data.resolution, self._settings.data.video_backend)
-        result = self._retrieval(export, processor) if export.is_dual_encoder else self._answers(export, processor)
+        result = self._towers(export, processor) if export.is_dual_encoder else self._answers(export, processor)
         return result | {"seconds": round(time.monotonic() - began, 2)}
 
     def _answers(self, export: Export, processor: SampleEncoder) -> dict[str, Any]:
@@ -190,7 +196,7 @@ class _Evaluator:
                 tasks[task] = task_result([one.question.target for one in encoded], [r["score"] for r in records], loss)
                 tasks[task]["skipped"] = self._skipped[task]
                 samples += records
-        return {"kind": "keye", "tasks": tasks, "samples": samples, "retrieval": None}
+        return {"kind": "keye", "tasks": tasks, "samples": samples, "retrieval": None, "zeroshot": None}
 
     def _encode(self, processor: SampleEncoder) -> None:
         self._encoded, self._skipped = {}, {}
@@ -210,23 +216,38 @@ class _Evaluator:
                     f"data.heldout.{task}: none of its samples can be decoded; run keye-data check on its shards"
                 )
 
-    def _retrieval(self, export: Export, processor: SampleEncoder) -> dict[str, Any]:
-        pairs = _encode_pairs(processor, self._asked.pairs)
+    def _towers(self, export: Export, processor: SampleEncoder) -> dict[str, Any]:
+        model = load_dual_encoder(export.folder, compute_dtype()).to(device())
         retrieval = None
+        pairs = _encode_pairs(processor, self._asked.pairs, "pairs")
         if pairs:
-            model = load_dual_encoder(export.folder, compute_dtype()).to(device())
-            images, texts = embed_pairs(model, pairs, export.settings(), device())
-            retrieval = retrieval_scores(images, texts, [tuple(pair.text_ids.tolist()) for pair in pairs])
-        return {"kind": "dual_encoder", "tasks": {}, "samples": [], "retrieval": retrieval}
+            encoded = list(pairs.values())
+            images, texts = embed_pairs(model, encoded, export.settings(), device())
+            retrieval = retrieval_scores(images, texts, [tuple(pair.text_ids.tolist()) for pair in encoded])
+        zeroshot = {}
+        for name, task in self._asked.zeroshot.items():
+            shown = _encode_pairs(processor, task.samples, f"zeroshot.{name}")
+            if shown:
+                images, _ = embed_pairs(model, list(shown.values()), export.settings(), device())
+                classes = class_vectors(model, processor, task.prompts)
+                zeroshot[name] = zeroshot_scores(images, classes, [task.labels[number] for number in shown])
+        return {
+            "kind": "dual_encoder",
+            "tasks": {},
+            "samples": [],
+            "retrieval": retrieval,
+            "zeroshot": zeroshot or None,
+        }
 
 
-def _encode_pairs(processor: SampleEncoder, samples: Sequence[Sample]) -> list[EncodedPair]:
-    pairs = []
-    for sample in samples:
+def _encode_pairs(processor: SampleEncoder, samples: Sequence[Sample], name: str) -> dict[int, EncodedPair]:
+    """Pairs by the number of their sample; broken ones are left out."""
+    pairs = {}
+    for number, sample in enumerate(samples):
         try:
-            pairs.append(processor.encode_pair(sample))
+            pairs[number] = processor.encode_pair(sample)
         except SampleError as error:
-            logger.warning("pairs: %s of %s is left out: %s", sample.ref.key, sample.ref.shard, error)
+            logger.warning("%s: %s of %s is left out: %s", name, sample.ref.key, sample.ref.shard, error)
     return pairs
 
 

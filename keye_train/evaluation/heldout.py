@@ -68,9 +68,9 @@ def read_tasks(data: DataSettings, samples_per_task: int, seed: int) -> dict[str
 
 
 def read_drawn(
-    source: SourceSettings, count: int, seed: int, name: str
+    source: SourceSettings, count: int | None, seed: int, name: str
 ) -> Iterator[tuple[SampleRef, dict[str, bytes], str | None]]:
-    """Draw ``count`` samples of a source without replacement; all of them where it has fewer.
+    """Draw ``count`` samples of a source without replacement; all of them where it has fewer or ``count`` is None.
 
     Yields:
         Reference, members of the tar (name without the key -> bytes), and why the sample cannot be read or None.

@@ -54,12 +54,12 @@ def summarise(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """Models as rows, tasks as columns, the level of chance below; the best of each column is bold."""
+    """Models as rows, tasks as columns (Stage 0's last), the level of chance below; the best of each column is bold."""
     table = Table(title="Held-out results (%)", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("model", no_wrap=True)
     tasks = results["tasks"]
-    retrieving = any(model["retrieval"] for model in results["models"])
-    for head in ("mean", *(task["name"] for task in tasks), *(["R@1 i>t", "R@1 t>i"] if retrieving else [])):
+    towers = tower_columns(results["models"])
+    for head in ("mean", *(task["name"] for task in tasks), *towers):
         table.add_column(head, justify="right", overflow="fold", min_width=5)
     answering = [model for model in results["models"] if model["tasks"]]
     for model in results["models"]:
@@ -69,20 +69,30 @@ def results_table(results: Mapping[str, Any]) -> Table:
             for task in tasks:
                 column = [m["tasks"][task["name"]]["score"] for m in answering]
                 cells.append(_cell(model["tasks"][task["name"]]["score"], column))
-        if retrieving:
-            found = model["retrieval"]
-            ways = ("image_to_text", "text_to_image")
-            cells += [f"{100 * found[way]['r1']['score']:.1f}" if found else "–" for way in ways]
+        own = tower_columns([model])
+        cells += [f"{100 * own[head]['score']:.1f}" if head in own else "–" for head in towers]
         table.add_row(model["name"], *cells)
-    if tasks:
+    if tasks or towers:
         table.add_section()
         chances = [task["chance"] for task in tasks]
-        cells = [f"{100 * level:.1f}" for level in (sum(chances) / len(chances), *chances)]
-        first = next((model["retrieval"] for model in results["models"] if model["retrieval"]), None)
-        if first:
-            cells += [f"{100 * first[way]['r1']['chance']:.1f}" for way in ("image_to_text", "text_to_image")]
+        mean = [sum(chances) / len(chances)] if tasks else []
+        cells = [f"{100 * level:.1f}" for level in (*mean, *chances)] or ["–"]
+        cells += [f"{100 * column['chance']:.1f}" for column in towers.values()]
         table.add_row("chance", *cells, style="dim")
     return table
+
+
+def tower_columns(models: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, float]]:
+    """Head of a column -> result (score, chance) of the first of these models that has it: recalls, then zero-shot."""
+    columns: dict[str, Mapping[str, float]] = {}
+    for model in models:
+        for head, way in (("R@1 i>t", "image_to_text"), ("R@1 t>i", "text_to_image")):
+            if model["retrieval"]:
+                columns.setdefault(head, model["retrieval"][way]["r1"])
+    for model in models:
+        for name, result in (model["zeroshot"] or {}).items():
+            columns.setdefault(f"0-shot {name}", result)
+    return columns
 
 
 def _cell(value: float, column: Sequence[float]) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from keye_train.model.image_processor import KeyeImageProcessor
     from keye_train.model.keye import KeyeForConditionalGeneration
     from keye_train.model.packed import IGNORE_INDEX, ContrastiveInputs, PackedInputs, VisionInputs
-    from keye_train.model.parameters import enable_activation_checkpointing, module_parameters
+    from keye_train.model.parameters import compile_layers, enable_activation_checkpointing, module_parameters
     from keye_train.model.pretrained import load_dual_encoder, load_export, load_state, read_state, save_export
     from keye_train.model.processor import KeyeProcessor
     from keye_train.model.start import initial_dual_encoder, initial_model
@@ -29,7 +29,7 @@ _HOMES = {
     "image_processor": ("KeyeImageProcessor",),
     "keye": ("KeyeForConditionalGeneration",),
     "packed": ("IGNORE_INDEX", "ContrastiveInputs", "PackedInputs", "VisionInputs"),
-    "parameters": ("enable_activation_checkpointing", "module_parameters"),
+    "parameters": ("compile_layers", "enable_activation_checkpointing", "module_parameters"),
     "pretrained": ("load_dual_encoder", "load_export", "load_state", "read_state", "save_export"),
     "processor": ("KeyeProcessor",),
     "start": ("initial_dual_encoder", "initial_model"),
@@ -50,6 +50,7 @@ __all__ = [
     "KeyeVisionConfig",
     "PackedInputs",
     "VisionInputs",
+    "compile_layers",
     "enable_activation_checkpointing",
     "initial_dual_encoder",
     "initial_model",

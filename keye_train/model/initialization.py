@@ -1,4 +1,4 @@
-"""First weights: SigLIP's scheme in its towers (but for the position table), normal with ``initializer_range`` everywhere else."""
+"""First weights: SigLIP's scheme in its towers, but for the position table; elsewhere ``initializer_range``."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK_LOGITS = 2**27  # logits held at a time: 0.5 GB in float32
+CHUNK_LOGITS = 2**26  # logits held at a time: 0.25 GB in float32
+BAND_ROWS = 8192
 
 
 class LMHead(nn.Linear):
@@ -42,7 +43,9 @@ class LMHead(nn.Linear):
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of ``hidden @ weight.T`` with ``targets``, row by row.
 
-    Logits are formed a chunk of rows at a time, and again in the backward; softmax and loss are float32.
+    The vocabulary is walked in blocks: logits of all rows for one block at a time, and again in the backward. Softmax
+    and loss are float32. Blocks of the vocabulary, not of the rows: each block of the weight's gradient is then one
+    matrix product, finished at once, where blocks of rows would add up a float32 copy of the whole matrix.
 
     Args:
         hidden: [K, W].
@@ -54,48 +57,69 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """
     device = hidden.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return _LinearCrossEntropy.apply(hidden, weight, targets, compute, max(1, CHUNK_LOGITS // weight.shape[0]))
+    # max(K, W): neither a block's logits nor its copy of the weight in another data type are larger than the limit.
+    block = max(1, CHUNK_LOGITS // max(hidden.shape))
+    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, compute, block)
+    return losses
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Keeps only the log-sum-exp of each row between forward and backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, compute: torch.dtype, chunk_rows: int
-    ) -> Tensor:
-        log_sums = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        losses = torch.empty_like(log_sums)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, compute: torch.dtype, block: int) -> Tensor:
+        rows = hidden.shape[0]
+        largest = torch.full((rows,), -torch.inf, dtype=torch.float32, device=hidden.device)
+        sums = torch.zeros_like(largest)  # of exp(logit - largest), over the blocks so far
+        of_target = torch.zeros_like(largest)
         with torch.autocast(hidden.device.type, enabled=False):
-            matrix = weight.to(compute)
-            for start in range(0, hidden.shape[0], chunk_rows):
-                rows = slice(start, start + chunk_rows)
-                logits = F.linear(hidden[rows].to(compute), matrix).float()
-                log_sums[rows] = logits.logsumexp(dim=1)
-                losses[rows] = log_sums[rows] - logits.gather(1, targets[rows, None])[:, 0]
+            states = hidden.to(compute)
+            for start in range(0, weight.shape[0], block):
+                logits = F.linear(states, weight[start : start + block].to(compute)).float()
+                place, inside = _places(targets, start, logits.shape[1])
+                of_target += logits.gather(1, place)[:, 0] * inside
+                raised = torch.maximum(largest, logits.amax(dim=1))
+                sums = sums * (largest - raised).exp() + logits.sub_(raised[:, None]).exp_().sum(dim=1)
+                largest = raised
+        log_sums = largest + sums.log()
         ctx.save_for_backward(hidden, weight, targets, log_sums)
-        ctx.compute, ctx.chunk_rows = compute, chunk_rows
-        return losses
+        ctx.compute, ctx.block = compute, block
+        return log_sums - of_target
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden, weight, targets, log_sums = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        # float32: chunks are added up here, and half precision would lose the small ones.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        # float32: blocks are added up here, and half precision would lose the small ones.
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
+        grad_weight = torch.empty_like(weight) if needs_weight else None
         with torch.autocast(hidden.device.type, enabled=False):
-            matrix = weight.to(ctx.compute)
-            for start in range(0, hidden.shape[0], ctx.chunk_rows):
-                rows = slice(start, start + ctx.chunk_rows)
-                states = hidden[rows].to(ctx.compute)
+            states = hidden.to(ctx.compute)
+            for start in range(0, weight.shape[0], ctx.block):
+                columns = slice(start, start + ctx.block)
+                matrix = weight[columns].to(ctx.compute)
                 # d loss / d logits = softmax - one_hot(target)
-                slopes = F.linear(states, matrix).float().sub_(log_sums[rows, None]).exp_()
-                slopes.scatter_add_(1, targets[rows, None], slopes.new_full((len(states), 1), -1.0))
-                slopes = slopes.mul_(grad_losses[rows, None]).to(ctx.compute)
+                slopes = F.linear(states, matrix).float().sub_(log_sums[:, None]).exp_()
+                place, inside = _places(targets, start, slopes.shape[1])
+                slopes.scatter_add_(1, place, -inside[:, None].float())
+                slopes = slopes.mul_(grad_losses[:, None]).to(ctx.compute)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = slopes @ matrix
+                    _add_product(grad_hidden, slopes, matrix)
                 if grad_weight is not None:
-                    grad_weight += slopes.T @ states
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+                    grad_weight[columns] = slopes.T @ states
+                del slopes  # before the next block's logits take its room
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None, None
+
+
+def _places(targets: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Column of each row's target in this block, [K, 1], and whether it lies in the block, [K]."""
+    place = targets - start
+    inside = (place >= 0) & (place < columns)
+    return place.clamp(0, columns - 1)[:, None], inside
+
+
+def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """``sums += left @ right`` in bands of rows: adding another data type to float32 needs room for a copy."""
+    for own, part in zip(sums.split(BAND_ROWS), left.split(BAND_ROWS), strict=True):
+        own += part @ right

@@ -1,4 +1,4 @@
-"""Which parameters belong to which module of a recipe, and the switch for activation checkpointing."""
+"""Which parameters belong to which module of a recipe; activation checkpointing and compiled layers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from keye_train.model.attention import keep_out_of_graphs
 
 MODULE_PREFIXES = {
     "visual.": "vision",
@@ -46,3 +48,17 @@ def enable_activation_checkpointing(model: nn.Module) -> None:
         if isinstance(module, GradientCheckpointingLayer):
             module.gradient_checkpointing = True
             module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+
+
+def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile each layer of every tower, around its attention, for packs of any length: once, not once per pack.
+
+    Not together with activation checkpointing, inside which torch compiles nothing.
+
+    Args:
+        backend: of torch.compile; inductor needs a C++ compiler on a CPU, Triton on a GPU.
+    """
+    keep_out_of_graphs()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(backend=backend, dynamic=True)

@@ -23,6 +23,7 @@ from keye_train.report.tables import (
     merge_section,
     retrieval_table,
     stages_table,
+    zeroshot_table,
 )
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def write_report(run_root: Path, out: Path) -> Path:
 
 
 def _context(root: RunRoot) -> dict[str, Any]:
-    retrieval = retrieval_table(root)
+    retrieval, zeroshot = retrieval_table(root), zeroshot_table(root)
     gallery = build_gallery(root.models)
     accuracy = accuracy_table(root)
     context: dict[str, Any] = {
@@ -68,6 +69,7 @@ def _context(root: RunRoot) -> dict[str, Any]:
         ],
         "losses": loss_table(root),
         "retrieval": {"table": retrieval[0], "n": retrieval[1]} if retrieval else None,
+        "zeroshot": {"table": zeroshot[0], "about": zeroshot[1]} if zeroshot else None,
         "merge": merge_section(root),
         "stages": stages_table(root) if root.stages else None,
         "curves": [_curves(run, opened=position < 2) for position, run in enumerate(root.stages)],
@@ -86,6 +88,7 @@ def _context(root: RunRoot) -> dict[str, Any]:
     labels = {
         "accuracy": ("results", "Results"),
         "retrieval": ("retrieval", "Retrieval"),
+        "zeroshot": ("zeroshot", "Zero-shot"),
         "merge": ("merge", "Merge"),
         "stages": ("stages", "What ran"),
         "curves": ("curves", "Curves"),

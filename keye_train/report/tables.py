@@ -103,6 +103,22 @@ def retrieval_table(root: RunRoot) -> tuple[Table, int] | None:
     return Table(["model", *heads], [*rows, TableRow("chance", chance, "chance")]), int(first["n"])
 
 
+def zeroshot_table(root: RunRoot) -> tuple[Table, str] | None:
+    """Zero-shot accuracy of the models that match images with texts, and a line that says what each task is."""
+    models = [model for model in root.models if model.get("zeroshot")]
+    if not models:
+        return None
+    tasks = {name: result for model in models for name, result in model["zeroshot"].items()}
+    rows = []
+    for model in models:
+        cells = [model["zeroshot"].get(name) for name in tasks]
+        scored = [_score_cell(c["score"], c["low"], c["high"], c["chance"]) if c else EMPTY for c in cells]
+        rows.append(TableRow(model["name"], scored))
+    chance = TableRow("chance", [Cell(_percent(result["chance"])) for result in tasks.values()], "chance")
+    about = "; ".join(f"{name}: {result['classes']} classes, {result['n']} images" for name, result in tasks.items())
+    return Table(["model", *tasks], [*rows, chance]), about
+
+
 def merge_section(root: RunRoot) -> dict[str, Any] | None:
     """Parents with their weights and scores, the merge, and whether it reaches the mean of its parts."""
     if not root.merge:

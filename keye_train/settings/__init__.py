@@ -9,7 +9,7 @@ Units stand in the names: ``_tokens`` are tokens of the language model (one toke
 """
 
 from keye_train.settings.basics import MODULES, MergeMethod, Objective, Precision, ScheduleShape, SettingsError
-from keye_train.settings.data import DataSettings, ResolutionSettings, SourceSettings, VideoBackend
+from keye_train.settings.data import DataSettings, ResolutionSettings, SourceSettings, VideoBackend, ZeroshotSettings
 from keye_train.settings.model import (
     LanguageModelSettings,
     ModelSettings,
@@ -68,4 +68,5 @@ __all__ = [
     "TrainSettings",
     "VideoBackend",
     "VisionTowerSettings",
+    "ZeroshotSettings",
 ]

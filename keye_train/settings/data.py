@@ -49,6 +49,21 @@ class SourceSettings:
 
 
 @dataclass
+class ZeroshotSettings:
+    """One classification task for Stage 0's towers, which have never been trained on its classes as such."""
+
+    shards: list[str]
+    """Samples with one image each, as in ``heldout_pairs``."""
+    label: str
+    """Where a sample's JSON holds its class: keys joined by dots; lists on the way are walked through. A sample with
+    several different values there, or with one that is no class, is not part of the task."""
+    classes: dict[str, list[str]]
+    """Value under ``label`` -> words for it."""
+    prompts: list[str]
+    """Captions with {} in the place of the word. A class is the mean over all its words and prompts."""
+
+
+@dataclass
 class DataSettings:
     """Sources, how they are mixed, and how they are read."""
 
@@ -62,6 +77,8 @@ class DataSettings:
     """Task -> shards that no stage trains on; ``keye-eval`` generates on them."""
     heldout_pairs: SourceSettings | None = None
     """Image-caption pairs for the retrieval score of Stage 0."""
+    zeroshot: dict[str, ZeroshotSettings] = field(default_factory=dict)
+    """Task -> images, classes and prompts for the zero-shot score of Stage 0."""
     resolution: ResolutionSettings = field(default_factory=ResolutionSettings)
     video_backend: VideoBackend = VideoBackend.pyav
     window_samples: int = 65536
@@ -87,6 +104,12 @@ def check_data(data: DataSettings) -> None:
                 raise SettingsError(f"data.mixtures.{mixture}.{source}={weight}: weights are >= 0")
         if not any(weight > 0 for weight in weights.values()):
             raise SettingsError(f"data.mixtures.{mixture} has no source with a weight above 0")
+    for name, task in data.zeroshot.items():
+        if len(task.classes) < 2 or not all(task.classes.values()) or not task.prompts:
+            raise SettingsError(f"data.zeroshot.{name} needs at least two classes, a word for each, and a prompt")
+        for prompt in task.prompts:
+            if prompt.count("{}") != 1 or prompt.count("{") != 1 or prompt.count("}") != 1:
+                raise SettingsError(f"data.zeroshot.{name}.prompts: '{prompt}' needs {{}} once, where the word goes")
     resolution = data.resolution
     pairs = (
         ("image_min_tokens", "image_max_tokens"),

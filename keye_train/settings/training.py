@@ -70,6 +70,8 @@ class StageSettings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     activation_checkpointing: bool = False
+    compile_layers: bool = False
+    """Compile each layer with torch.compile: a minute at the start, fewer passes over memory afterwards."""
 
 
 @dataclass
@@ -140,6 +142,16 @@ class TrainSettings:
             raise SettingsError("deepspeed.offload_parameters=true needs deepspeed.zero_stage=3")
         if self.deepspeed.offload_optimizer and self.deepspeed.zero_stage == 0:
             raise SettingsError("deepspeed.offload_optimizer=true needs deepspeed.zero_stage=1, 2 or 3")
+        if self.stage.compile_layers and self.stage.activation_checkpointing:
+            raise SettingsError(
+                "stage.compile_layers=true has no effect inside activation checkpointing: set one of "
+                "stage.compile_layers and stage.activation_checkpointing to false"
+            )
+        if self.stage.compile_layers and self.deepspeed.zero_stage == 3:
+            raise SettingsError(
+                "stage.compile_layers=true does not go with deepspeed.zero_stage=3, which gathers weights inside the "
+                "layers: use deepspeed.zero_stage=2 or less, or stage.compile_layers=false"
+            )
         if self.checkpoint.every_steps < 1 or self.checkpoint.keep < 1:
             raise SettingsError("checkpoint.every_steps and checkpoint.keep must be at least 1")
         if self.logging.every_steps < 1:

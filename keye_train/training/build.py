@@ -14,6 +14,7 @@ from keye_train import runs
 from keye_train.data.index import tokenizer_fingerprint
 from keye_train.model import (
     KeyeForConditionalGeneration,
+    compile_layers,
     enable_activation_checkpointing,
     keye_config,
     module_parameters,
@@ -66,6 +67,8 @@ def build_objective(settings: TrainSettings) -> TrainingObjective:
     freeze(objective.model, stage)
     if stage.activation_checkpointing:
         enable_activation_checkpointing(objective.model)
+    if stage.compile_layers:
+        compile_layers(objective.model)
     return objective.train()
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import png, question, toy_settings, write_exports, write_shard
 
 from keye_train.evaluation import evaluate
 from keye_train.evaluation.evaluate import question_text
 from keye_train.evaluation.heldout import read_tasks
+from keye_train.evaluation.results import results_table
 from keye_train.model.packed import IGNORE_INDEX
 from keye_train.model.pretrained import load_export
 from keye_train.model.sample_encoder import SampleEncoder
@@ -25,6 +27,7 @@ from keye_train.settings import (
     ResolutionSettings,
     SettingsError,
     SourceSettings,
+    ZeroshotSettings,
 )
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
@@ -54,6 +57,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSettings, Data
         mixtures={},
         heldout={"colour": SourceSettings([str(colours)]), "sum": SourceSettings([str(sums)])},
         heldout_pairs=SourceSettings([str(pairs)]),
+        zeroshot={
+            "colour": ZeroshotSettings([str(pairs)], "answer", {name: [name] for name in COLOURS}, ["{}", "it is {}"])
+        },
         resolution=RESOLUTION,
     )
     exports = write_exports(folder / "runs", model, {"towers": 0, "first": 1, "second": 2})
@@ -97,12 +103,19 @@ class TestResults:
         means = [result["score"] for result in model["tasks"].values()]
         assert model["mean_score"] == pytest.approx(sum(means) / 2)
 
-    def test_dual_encoder_is_scored_on_retrieval_alone(self, results: Any) -> None:
+    def test_dual_encoder_is_scored_on_retrieval_and_zero_shot_alone(self, results: Any) -> None:
         towers = results["models"][0]
         assert (towers["kind"], towers["tasks"]) == ("dual_encoder", {})
         assert towers["retrieval"]["n"] == 6
         assert towers["retrieval"]["image_to_text"]["r1"]["chance"] == pytest.approx(1 / 3)  # three captions
-        assert results["models"][1]["retrieval"] is None
+        assert towers["zeroshot"]["colour"]["n"] == 6
+        assert towers["zeroshot"]["colour"]["chance"] == 0.5
+        assert (results["models"][1]["retrieval"], results["models"][1]["zeroshot"]) == (None, None)
+        shown = "".join(part.text for part in Console(width=200).render(results_table(results)))
+        assert "0-shot colour" in shown
+        assert "R@1 i>t" in shown
+        alone = results | {"tasks": [], "models": [towers]}
+        assert "chance" in "".join(part.text for part in Console(width=200).render(results_table(alone)))
 
     def test_loss_is_that_of_single_samples(self, world: Any, results: Any) -> None:
         settings, data, exports = world
@@ -179,7 +192,7 @@ class TestRefusal:
             read_tasks(replace(data, heldout={"gone": SourceSettings([str(tmp_path / "gone.tar")])}), 1, 0)
 
     def test_nothing_to_ask(self, world: Any, tmp_path: Path) -> None:
-        nothing = replace(world[1], heldout={}, heldout_pairs=None)
+        nothing = replace(world[1], heldout={}, heldout_pairs=None, zeroshot={})
         with pytest.raises(SettingsError, match="has no held-out samples"):
             evaluate(EvaluationSettings(models=world[2], data=nothing, out=str(tmp_path)), progress=False)
 

@@ -115,6 +115,7 @@ def model(name: str, shard: Path, ground: float, text: float, answer: str) -> di
         "mean_high": (ground + text) / 2 + 0.03,
         "mean_loss": 1 - (ground + text) / 2,
         "retrieval": None,
+        "zeroshot": None,
         "samples": [
             sample(shard, "000", "ground", "<|box_start|>[[100,200,300,400]]<|box_end|>", answer, 0.0),
             sample(shard, "001", "text", "4", f"{name} says {EVIL}", 0.0),
@@ -145,6 +146,7 @@ def root(tmp_path: Path) -> Path:
     recall = {"score": 0.875, "low": 0.8, "high": 0.9, "chance": 0.02}
     ways = {way: {"r1": recall, "r5": recall} for way in ("image_to_text", "text_to_image")}
     towers = {"name": "stage0", "kind": "dual_encoder", "tasks": {}, "samples": [], "retrieval": {"n": 50, **ways}}
+    towers["zeroshot"] = {"digit": {"score": 0.625, "low": 0.5, "high": 0.7, "chance": 0.125, "n": 64, "classes": 10}}
     results = {
         "tasks": [
             {"name": "ground", "metric": "box_iou", "n": 40, "chance": 0.25, "skipped": []},

@@ -72,6 +72,11 @@ class TestContent:
         assert "87.5 %" in text
         assert "of all 50 candidates" in text
 
+    def test_zeroshot(self, root: Path) -> None:
+        text = plain(written(root))
+        assert "digit: 10 classes, 64 images" in text
+        assert "62.5 %" in text
+
     def test_stages_in_the_order_of_the_pipeline(self, root: Path) -> None:
         assert [run.name for run in read_root(root).stages] == ["stage0", "branch_b", "branch_a"]
         text = plain(written(root))
@@ -121,7 +126,7 @@ class TestMissingParts:
         page = written(root / "branch_a")
         assert "branch_a" in plain(page)
         assert 'id="curves"' in page
-        for absent in ("results", "retrieval", "merge", "gallery"):
+        for absent in ("results", "retrieval", "zeroshot", "merge", "gallery"):
             assert f'id="{absent}"' not in page
 
     @pytest.mark.parametrize("part", ["evaluation", "merge", "pipeline.json", "stage0", "branch_a/metrics.jsonl"])

@@ -44,6 +44,27 @@ def test_stage_0_learns_and_logs_what_is_its_own(stage0: Path) -> None:
     assert list((stage0 / "tensorboard").glob("events.*"))
 
 
+@pytest.mark.parametrize("trainable", ["vision", "text_tower"])
+def test_either_tower_of_stage_0_may_be_frozen(toy_corpus: ToyCorpus, tmp_path: Path, trainable: str) -> None:
+    more = ("stage.max_tokens=48", f"stage.trainable=[{trainable}]", "deepspeed.zero_stage=2")
+    assert train(toy_corpus.settings("0_vision", tmp_path / "long", *more)) == 0
+    assert train(toy_corpus.settings("0_vision", tmp_path / "short", *more, "stage.steps=1")) == 0
+    long, short = weights(tmp_path / "long"), weights(tmp_path / "short")
+    moved = {name for name in long if not torch.equal(long[name], short[name])}
+    assert moved
+    # Temperature and bias belong to the text tower: frozen with it, as SigLIP left them.
+    assert {name.startswith("visual.") for name in moved} == {trainable == "vision"}
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_alike(toy_corpus: ToyCorpus, tmp_path: Path) -> None:
+    for name, switch in (("plain", "false"), ("compiled", "true")):
+        more = (f"stage.compile_layers={switch}", "deepspeed.zero_stage=2", "deepspeed.precision=fp32")
+        assert train(toy_corpus.settings("1_align", tmp_path / name, *more)) == 0
+    plain, compiled = (runs.read_jsonl(tmp_path / name / runs.METRICS) for name in ("plain", "compiled"))
+    assert [row["loss"] for row in compiled] == pytest.approx([row["loss"] for row in plain], rel=1e-4)
+
+
 def test_stage_1_takes_the_tower_and_trains_the_projector_only(stage0: Path, stage1: Path) -> None:
     before, after = weights(stage0), weights(stage1)
     tower = [name for name in before if name.startswith("visual.")]

@@ -1,0 +1,135 @@
+"""Zero-shot classification with Stage 0's two towers: an image belongs to the class whose prompts are nearest.
+
+Classes and prompts come from the data recipe (``data.zeroshot``). The prompts of a class are averaged, as CLIP and
+SigLIP do. Legend: N images, K classes, R prompts of a class, L caption tokens, C width of the vectors.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from keye_train.data.formats import parse_sample
+from keye_train.evaluation.heldout import read_drawn
+from keye_train.evaluation.retrieval import BATCH_PAIRS
+from keye_train.evaluation.scoring import interval
+from keye_train.model.dual_encoder import DualEncoder
+from keye_train.model.sample_encoder import SampleEncoder
+from keye_train.sample import Sample, SampleError
+from keye_train.settings import DataSettings, SettingsError, SourceSettings, ZeroshotSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ZeroshotTask:
+    """Samples of one image each, with the class that each belongs to."""
+
+    classes: list[str]
+    prompts: list[list[str]]  # of each class
+    samples: list[Sample]
+    labels: list[int]  # number of each sample's class
+
+
+def read_zeroshot(data: DataSettings, samples_per_task: int, seed: int) -> dict[str, ZeroshotTask]:
+    """Draw at most ``samples_per_task`` samples of each task of ``data.zeroshot``, of those that show one class.
+
+    Every shard of a task is read whole: which class a sample shows stands in its JSON only.
+
+    Raises:
+        SettingsError: a shard or its index is missing, or no sample shows one of the classes.
+    """
+    return {name: _read_task(name, task, samples_per_task, seed) for name, task in data.zeroshot.items()}
+
+
+def _read_task(name: str, settings: ZeroshotSettings, samples_per_task: int, seed: int) -> ZeroshotTask:
+    classes = list(settings.classes)
+    prompts = [[prompt.format(word) for prompt in settings.prompts for word in settings.classes[c]] for c in classes]
+    found: list[tuple[Sample, int]] = []
+    for ref, members, error in read_drawn(SourceSettings(settings.shards), None, seed, name=name):
+        try:
+            if error is not None:
+                raise SampleError(error)
+            sample = parse_sample(ref, members)
+        except SampleError as problem:
+            logger.warning("zeroshot.%s: %s of %s is left out: %s", name, ref.key, ref.shard, problem)
+            continue
+        shown = {str(value) for value in _values(sample.meta, settings.label.split("."))}
+        if len(shown) == 1 and (label := shown.pop()) in settings.classes:
+            found.append((sample, classes.index(label)))
+    if not found:
+        raise SettingsError(
+            f"data.zeroshot.{name}: no sample of {settings.shards} has one of the classes {classes} under "
+            f"'{settings.label}'; check label and classes against the samples' JSON"
+        )
+    order = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(len(found))[:samples_per_task]
+    samples, labels = zip(*(found[number] for number in sorted(order.tolist())), strict=True)
+    return ZeroshotTask(classes, prompts, list(samples), list(labels))
+
+
+def _values(record: Any, path: Sequence[str]) -> list[Any]:
+    """All values under a path of keys; lists on the way are walked through."""
+    if isinstance(record, list):
+        return [value for part in record for value in _values(part, path)]
+    if not path:
+        return [record]
+    return _values(record[path[0]], path[1:]) if isinstance(record, dict) and path[0] in record else []
+
+
+@torch.inference_mode()
+def class_vectors(model: DualEncoder, processor: SampleEncoder, prompts: Sequence[Sequence[str]]) -> Tensor:
+    """The mean vector of each class's prompts, of length 1: [K, C] float32 on the CPU."""
+    device = next(model.parameters()).device
+    ids = _prompt_ids(processor, [prompt for group in prompts for prompt in group])
+    vectors = [model.text_model(part.to(device)).float().cpu() for part in ids.split(BATCH_PAIRS)]
+    groups = F.normalize(torch.cat(vectors), dim=-1).split([len(group) for group in prompts])
+    return F.normalize(torch.stack([group.mean(dim=0) for group in groups]), dim=-1)
+
+
+def _prompt_ids(processor: SampleEncoder, prompts: list[str]) -> Tensor:
+    """[K * R, L] int64, tokenized as ``SampleEncoder.encode_pair`` does captions."""
+    encoded = processor.text_tokenizer(
+        prompts,
+        max_length=processor.model.text_tower.max_tokens,
+        truncation=True,
+        padding="max_length",
+        padding_side="right",
+        split_special_tokens=True,
+    )
+    return torch.tensor(encoded["input_ids"])
+
+
+def zeroshot_scores(images: Tensor, classes: Tensor, labels: Sequence[int]) -> dict[str, float]:
+    """Accuracy with its interval and the level of chance.
+
+    Args:
+        images: [N, C], rows of length 1.
+        classes: [K, C], rows of length 1.
+        labels: class of each image.
+
+    Returns:
+        ``score``, ``low``, ``high``, ``n``, ``classes`` (K) and ``chance``, the share of the most frequent class.
+    """
+    similarity = images @ classes.T  # [N, K]
+    own = torch.tensor(labels)[:, None]
+    others = similarity.scatter(1, own, -torch.inf)
+    # Ties count against the model: one that finds everything alike classifies nothing.
+    hits = (similarity.gather(1, own)[:, 0] > others.amax(dim=1)).double().tolist()
+    low, high = interval(hits)
+    return {
+        "score": sum(hits) / len(hits),
+        "low": low,
+        "high": high,
+        "n": len(hits),
+        "classes": len(classes),
+        "chance": max(Counter(labels).values()) / len(labels),
+    }
