@@ -6,7 +6,7 @@ image of about 500, a video of several thousand), smaller scales the same shape 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,17 +20,19 @@ from keye_train.sample import SampleRef
 from keye_train.settings import ModelSettings
 
 LABELLED_SHARE = 0.5  # of the text tokens: the answers
-TEXT_SPREAD, VISION_SPREAD = 0.7, 0.8  # standard deviations of the logarithms
+LEAST_TEXT = 8  # tokens: the turns' headers
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of sample: its share of the samples, and medians of its lengths in tokens."""
+    """One kind of sample: its share of the samples, medians of its lengths in tokens, and how far lengths spread."""
 
     share: float
     text_tokens: float
     vision_tokens: float  # 0: no picture
     frames: int = 1
+    text_spread: float = 0.7  # standard deviation of the logarithm
+    vision_spread: float = 0.8
 
 
 MIX = {
@@ -42,8 +44,10 @@ MIX = {
 }
 
 
-def draw_samples(model: ModelSettings, count: int, scale: float, max_tokens: int, seed: int) -> list[EncodedSample]:
-    """Samples of the mix.
+def draw_samples(
+    model: ModelSettings, count: int, scale: float, max_tokens: int, seed: int, mix: Mapping[str, Kind] = MIX
+) -> list[EncodedSample]:
+    """Samples of a mix.
 
     Args:
         model: gives the vocabulary and the special tokens.
@@ -51,21 +55,25 @@ def draw_samples(model: ModelSettings, count: int, scale: float, max_tokens: int
         scale: factor of all medians.
         max_tokens: longest sample; vision takes at most three quarters of it, the text the rest.
         seed: of lengths, ids and pixels.
+        mix: kinds of samples; their shares need not sum to 1.
     """
     rng = np.random.default_rng(seed)
-    kinds = rng.choice(list(MIX), size=count, p=[kind.share for kind in MIX.values()])
-    return [_sample(model, name, scale, max_tokens, rng) for name in kinds.tolist()]
+    shares = np.array([kind.share for kind in mix.values()])
+    names = rng.choice(list(mix), size=count, p=shares / shares.sum())
+    return [_sample(model, name, mix[name], scale, max_tokens, rng) for name in names.tolist()]
 
 
-def _sample(model: ModelSettings, name: str, scale: float, max_tokens: int, rng: np.random.Generator) -> EncodedSample:
-    kind, ids = MIX[name], model.special_tokens
+def _sample(
+    model: ModelSettings, name: str, kind: Kind, scale: float, max_tokens: int, rng: np.random.Generator
+) -> EncodedSample:
+    ids = model.special_tokens
     grid = None
     if kind.vision_tokens:
-        wanted = min(kind.vision_tokens * scale * np.exp(rng.normal(0, VISION_SPREAD)), 0.75 * max_tokens)
+        wanted = min(kind.vision_tokens * scale * np.exp(rng.normal(0, kind.vision_spread)), 0.75 * max_tokens)
         grid = _grid(wanted, kind.frames)
     vision = 0 if grid is None else grid[0] * grid[1] * grid[2] // 4
     room = max_tokens - vision - (2 if grid else 0)
-    text = min(int(kind.text_tokens * scale * np.exp(rng.normal(0, TEXT_SPREAD))) + 8, room)
+    text = min(int(kind.text_tokens * scale * np.exp(rng.normal(0, kind.text_spread))) + LEAST_TEXT, room)
     words = torch.from_numpy(rng.integers(*_ordinary_ids(model), text))
     labels = words.clone()
     labels[: text - int(text * LABELLED_SHARE)] = IGNORE_INDEX
