@@ -1,6 +1,8 @@
 """``python -m benchmarks``: every benchmark, one after another."""
 
-from benchmarks import plan
+from benchmarks import model_step, padded_trainer, plan
 
 if __name__ == "__main__":
     plan.main()
+    model_step.main([])
+    padded_trainer.main([])

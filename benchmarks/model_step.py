@@ -2,12 +2,12 @@
 
     python -m benchmarks.model_step
 
-MFU = operations of forward and backward of both towers (keye_train/model/flops.py; attention for each segment, the causal
-half of the language model's, recomputation not counted) / time of the step / bare matmul peak of the same device, data
-type and threads, measured in turn with the steps. Path *engine* is the training step (DeepSpeed, float32 masters,
-clipping, AdamW), *module* forward, backward and AdamW on the weights themselves. Packs are full, of made-up samples with
-Keye-like lengths (benchmarks/samples.py). Medians over the rounds, with the quartiles. On the CPU with one thread seconds
-are those of the process, not of the wall: the cores are shared.
+MFU = operations of forward and backward of both towers (keye_train/model/flops.py; attention for each segment, the
+causal half of the language model's, recomputation not counted) / time of the step / bare matmul peak of the same
+device, data type and threads, measured in turn with the steps. Path *engine* is the training step (DeepSpeed, float32
+masters, clipping, AdamW), *module* forward, backward and AdamW on the weights themselves. Packs are full, of made-up
+samples with Keye-like lengths (benchmarks/samples.py). Medians over the rounds, with the quartiles. On the CPU with
+one thread seconds are those of the process, not of the wall: the cores are shared.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median, quantiles
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,12 @@ from torch import Tensor
 from benchmarks import step_cases
 from benchmarks.results import Result
 from benchmarks.step_cases import DTYPES, GIB, Case, forecast
-from keye_train.model import KeyeForConditionalGeneration, enable_activation_checkpointing, keye_config, module_parameters
+from keye_train.model import (
+    KeyeForConditionalGeneration,
+    enable_activation_checkpointing,
+    keye_config,
+    module_parameters,
+)
 from keye_train.model.packed import PackedInputs
 from keye_train.training import distributed
 from keye_train.training.build import freeze
@@ -53,8 +57,10 @@ class Times:
 
 
 class Clock:
-    """Seconds between two places: of the wall once the device has finished; on the CPU with one thread, of this process,
-    so that others on the same cores count less."""
+    """Seconds between two places, of the wall, once the device has finished.
+
+    On the CPU with one thread: of this process, so that others on the same cores count less.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -89,9 +89,7 @@ def _sample(
         task=name,
         input_ids=words,
         labels=labels,
-        position_ids=sample_positions(
-            words, grids, seconds, image_pad_id=ids.image_pad, video_pad_id=ids.video_pad
-        ),
+        position_ids=sample_positions(words, grids, seconds, image_pad_id=ids.image_pad, video_pad_id=ids.video_pad),
         pixel_patches=torch.from_numpy(rng.integers(0, 256, (4 * vision, 3, 14, 14), dtype=np.uint8)),
         grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
     )

@@ -85,7 +85,7 @@ CPU_CASES = [
 
 
 def cuda_cases(memory: float) -> list[Case]:
-    """The 2B model and as much of the 8B model as the memory takes, short and long packs, with and without recompute."""
+    """The 2B model and as much of the 8B model as the memory takes; short and long packs, recomputed or not."""
     cases = []
     for tokens in (8_192, 32_768):
         for checkpointing in (False, True):
