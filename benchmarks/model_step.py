@@ -95,8 +95,8 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> 
 Step = Callable[[Clock, Times], None]
 
 
-def build_step(case: Case, world: World) -> Step:
-    """The step of a case, on its device: it notes what its parts took."""
+def build_step(case: Case, world: World) -> tuple[Step, Callable[[], None]]:
+    """The step of a case, on its device, which notes what its parts took; and what frees the memory afterwards."""
     settings = case.settings()
     packs = case.inputs()
     items = sum(len(pack.loss_rows) for pack in packs)
@@ -112,9 +112,10 @@ def build_step(case: Case, world: World) -> Step:
     groups = parameter_groups(module_parameters(model), settings.stage)
     if case.path == "engine":
         objective = LanguageObjective(model, settings.deepspeed.precision)
-        return _engine_step(Engine(objective, model, groups, settings, world), packs, 1 / items, world.device)
+        engine = Engine(objective, model, groups, settings, world)
+        return _engine_step(engine, packs, 1 / items, world.device), engine.close
     optimizer = build_optimizer(groups, settings.stage.optimizer)
-    return _module_step(model, optimizer, packs, 1 / items, world.device)
+    return _module_step(model, optimizer, packs, 1 / items, world.device), lambda: None
 
 
 def _engine_step(engine: Engine, packs: list[PackedInputs], weight: float, device: torch.device) -> Step:
@@ -164,7 +165,7 @@ def measure(case: Case, world: World, rounds: int) -> dict[str, object]:
     device = world.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    step, clock, times = build_step(case, world), Clock(device), Times()
+    (step, close), clock, times = build_step(case, world), Clock(device), Times()
     for _ in range(WARM_UP_STEPS):
         clock.lap()
         step(clock, Times())
@@ -172,6 +173,7 @@ def measure(case: Case, world: World, rounds: int) -> dict[str, object]:
         times.peak_flops.append(matmul_peak(device, DTYPES[case.precision]))
         clock.lap()
         step(clock, times)
+    close()
     expected = forecast(case)
     seconds, peak = median(times.steps()), median(times.peak_flops)
     shares = [expected.flops / step_s / peak_s for step_s, peak_s in zip(times.steps(), times.peak_flops, strict=True)]
