@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import padded_trainer
+from benchmarks import model_step, padded_trainer
 from benchmarks.samples import MIX, draw_samples, into_packs
 from benchmarks.step_cases import CPU_CASES, Case, forecast, saved_bytes, step_flops
 from keye_train.data.packing import Budget
@@ -56,3 +56,17 @@ def test_a_step_costs_three_forwards_but_for_the_pixels() -> None:
         for pack in PLAIN.inputs()
     )
     assert 0.97 * 3 * forward < step_flops(PLAIN) < 3 * forward
+
+
+def test_the_plan_needs_no_device(capsys: pytest.CaptureFixture[str]) -> None:
+    model_step.main(["--plan", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert printed.count("model tiny") == len(CPU_CASES)
+    assert f"tokens {forecast(PLAIN).tokens}" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_measuring_a_device_that_is_absent_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        model_step.main(["--device", "cuda"])
+    assert "--plan" in capsys.readouterr().err
