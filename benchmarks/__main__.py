@@ -1,7 +1,9 @@
 """``python -m benchmarks``: every benchmark, one after another."""
 
-from benchmarks import loss_memory, plan
+from benchmarks import loss_memory, model_step, padded_trainer, plan
 
 if __name__ == "__main__":
     plan.main()
     loss_memory.main()
+    model_step.main([])
+    padded_trainer.main([])
