@@ -15,9 +15,9 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
-    ProcessorMixin,
 )
 
+import keye_train.model
 from keye_train.model.configuration import KeyeConfig
 from keye_train.model.keye import KeyeForConditionalGeneration
 
@@ -34,10 +34,9 @@ def register_auto_classes() -> None:
 
 
 def _register_processor() -> None:
-    from keye_train.model import processing
-
-    processor: type = processing.KeyeProcessor
-    if issubclass(processor, ProcessorMixin):
+    """The processor, where this version of the package has it."""
+    processor = getattr(keye_train.model, "KeyeProcessor", None)
+    if processor is not None:
         AutoProcessor.register(KeyeConfig, processor, exist_ok=True)
 
 

@@ -42,6 +42,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "generation_config.json",
     "preprocessor_config.json",
+    "processor_config.json",
 )
 
 NamedTensors = Iterable[tuple[str, Tensor]]

@@ -9,12 +9,15 @@ from typing import Any
 import golden
 import pytest
 import torch
+from PIL import Image
+from toy_inputs import synthetic_image
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoProcessor,
 )
 
 import keye_train.model.auto  # noqa: F401 (registers Keye)
@@ -86,6 +89,25 @@ class TestAutoClasses:
         assert (tmp_path / "model.safetensors.index.json").exists()
         again = KeyeForConditionalGeneration.from_pretrained(tmp_path)
         assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_from_a_folder_to_an_answer(start: Path) -> None:
+    """Config, processor and model by their Auto classes, a conversation with a picture in, text out."""
+    pytest.importorskip("keye_train.model.processor")
+    from keye_train.model import KeyeProcessor
+
+    processor = AutoProcessor.from_pretrained(start)
+    assert type(processor) is KeyeProcessor
+    model = AutoModelForImageTextToText.from_pretrained(start)
+    picture = Image.fromarray(synthetic_image(56, 84))
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is the colour?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    prompt = inputs["input_ids"].shape[1]
+    assert tokens.shape[1] > prompt
+    assert isinstance(processor.batch_decode(tokens[:, prompt:])[0], str)
 
 
 class TestAttention:
