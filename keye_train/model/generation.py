@@ -84,7 +84,7 @@ class KeyeGenerationMixin(GenerationMixin):
         if input_ids.shape[1] != past + new:
             raise ValueError(
                 f"the cache holds {past} tokens and input_ids has {input_ids.shape[1]}: give the whole sequence with "
-                "all its grids, or rope_deltas, or position_ids of three axes"
+                "all its grids, or rope_deltas, or position_ids of three axes (prefill_chunk_size is not supported)"
             )
         model: Any = self
         grids = {name: vision[name] for name in GRIDS if name in vision}

@@ -184,6 +184,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match="opens 2 images, but image_grid_thw has 1"):
             generate(**arguments, num_beams=2, max_new_tokens=1, pad_token_id=0)
 
+    def test_chunks_of_a_prompt(self, model: KeyeForConditionalGeneration) -> None:
+        generate: Any = model.generate
+        with pytest.raises(ValueError, match="prefill_chunk_size"):
+            generate(**golden.call_arguments("text"), prefill_chunk_size=4, max_new_tokens=1, pad_token_id=0)
+
     def test_filled_cache_without_deltas(self, model: KeyeForConditionalGeneration) -> None:
         output = model(input_ids=torch.tensor([[1, 2]]), use_cache=True)
         with pytest.raises(ValueError, match="rope_deltas"):

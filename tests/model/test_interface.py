@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from transformers import (
 )
 
 import keye_train.model.auto  # noqa: F401 (registers Keye)
-from keye_train.model import KeyeConfig, KeyeForConditionalGeneration
+from keye_train.model import KeyeConfig, KeyeForConditionalGeneration, read_state
 from keye_train.model.loss import LMHead
 
 TOLERANCE = 5e-5
 BATCH = "batch_a_left"
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles flex_attention with g++")
 
 
 def batch(name: str = BATCH) -> dict[str, torch.Tensor]:
@@ -83,6 +85,18 @@ class TestAutoClasses:
         assert again.dtype == torch.bfloat16
         assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
+    def test_tied_and_untied(self, start: Path, tmp_path: Path) -> None:
+        """What ``keye-convert`` writes goes through transformers' reader and writer unchanged."""
+        model = AutoModelForImageTextToText.from_pretrained(start)
+        model.save_pretrained(tmp_path)
+        again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+        tied = model.config.tie_word_embeddings
+        for one in (model, again):
+            assert (one.lm_head.weight is one.model.embed_tokens.weight) == tied
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in read_state(start))
+        assert all(torch.equal(value, again.state_dict()[name]) for name, value in read_state(start))
+        assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] == tied
+
     def test_shards(self, tmp_path: Path) -> None:
         model = golden.tiny_model()
         model.save_pretrained(tmp_path, max_shard_size="200KB")
@@ -113,7 +127,7 @@ def test_from_a_folder_to_an_answer(start: Path) -> None:
 class TestAttention:
     """``attn_implementation`` chooses how padded batches are computed, never what comes out."""
 
-    @pytest.mark.parametrize("chosen", ["eager", "sdpa", "flex_attention"])
+    @pytest.mark.parametrize("chosen", ["eager", "sdpa", pytest.param("flex_attention", marks=NEEDS_COMPILER)])
     def test_logits(self, folder: Path, chosen: str) -> None:
         model = KeyeForConditionalGeneration.from_pretrained(folder, attn_implementation=chosen)
         assert model.config._attn_implementation == chosen
