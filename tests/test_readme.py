@@ -65,6 +65,10 @@ def test_a_shown_command_is_understood(page: str, line: str) -> None:
         from data_tools.cli import build_parser
 
         build_parser().parse_args(words[1:])
+    elif program == "keye-convert":
+        from keye_train.cli import convert_parser
+
+        convert_parser().parse_args(words[1:])
     elif program == "keye-report":
         assert words[1:], line
     else:

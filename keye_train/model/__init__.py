@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from keye_train.model.auto import register_auto_classes
     from keye_train.model.configuration import KeyeConfig, KeyeVisionConfig, keye_config
     from keye_train.model.contrastive import siglip_loss, siglip_loss_distributed
     from keye_train.model.dual_encoder import ContrastiveOutput, DualEncoder
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from keye_train.model.start import initial_dual_encoder, initial_model
 
 _HOMES = {
+    "auto": ("register_auto_classes",),
     "configuration": ("KeyeConfig", "KeyeVisionConfig", "keye_config"),
     "contrastive": ("siglip_loss", "siglip_loss_distributed"),
     "dual_encoder": ("ContrastiveOutput", "DualEncoder"),
@@ -61,6 +63,7 @@ __all__ = [
     "module_parameters",
     "pack_flops",
     "read_state",
+    "register_auto_classes",
     "save_export",
     "siglip_loss",
     "siglip_loss_distributed",

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 
 PACKED_ATTENTION = "keye_packed"  # name under which transformers' layers find ``layer_attention``
 
@@ -109,36 +111,42 @@ def layer_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segments: Segments | None = None,
-    **_: Any,
+    padded_attention: str = "sdpa",
+    recorded: list[Tensor | None] | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of the language model's layers, registered with transformers.
+
+    A packed row always goes through ``packed_attention``, since no other function knows its borders. A padded batch
+    goes through the function of transformers that the user chose as ``attn_implementation``.
 
     Args:
         module: the layer's attention.
         query: [B, H, L, D].
         key, value: [B, G, L', D], L' counts the cache too.
-        attention_mask: [B, 1, L, L'] bool, True where the query may look; None with ``segments``, or with L = 1 and
-            no padding.
+        attention_mask: as transformers' ``create_causal_mask`` makes it for ``padded_attention``; None with
+            ``segments``.
         scaling: factor of the dot products.
-        dropout: must be 0.
+        dropout: must be 0 in a packed row.
         segments: a packed row (B = 1) of these causal segments.
+        padded_attention: name among transformers' attention functions, without ``segments``.
+        recorded: the attention weights are appended, [B, H, L, L'], or None from a function that never forms them.
 
     Returns:
-        [B, L, H, D] and None, for the attention weights that are never formed.
+        [B, L, H, D] and None, for the attention weights that the layers would throw away.
     """
-    assert dropout == 0.0, "attention dropout is not supported"
+    query, key = query.to(value.dtype), key.to(value.dtype)  # norms may promote under autocast
     if segments is not None:
+        assert dropout == 0.0, "attention dropout is not supported"
         assert query.shape[0] == 1, "a packed row has no batch"
         assert attention_mask is None, "a packed row has no mask"
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
         return packed_attention(query, key, value, segments, causal=True, scale=scaling)[None], None
-    assert attention_mask is not None or query.shape[2] == 1, "more than one query needs a mask"
-    grouped = query.shape[1] != key.shape[1]
-    query, key = query.to(value.dtype), key.to(value.dtype)  # norms may promote under autocast
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped
-    )
-    return output.transpose(1, 2).contiguous(), None
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(padded_attention, eager_attention_forward)
+    output, weights = function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
+    if recorded is not None:
+        recorded.append(weights)
+    return output, None
 
 
 AttentionInterface.register(PACKED_ATTENTION, layer_attention)

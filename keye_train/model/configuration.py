@@ -108,12 +108,14 @@ class KeyeConfig(PretrainedConfig):
         return self.head_dim
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields; the data type under its published name ``torch_dtype``."""
+        """All fields; the data type under its published name ``torch_dtype``, and of the tower only its shape."""
         fields = super().to_dict()
         dtype = fields.pop("dtype", None)
         if dtype is not None:
             fields["torch_dtype"] = dtype
-        fields.get("vision_config", {}).pop("dtype", None)
+        if isinstance(vision := fields.get("vision_config"), dict):
+            own = ("model_type", *KeyeVisionConfig.__annotations__)
+            fields["vision_config"] = {name: vision[name] for name in own if name in vision}
         return fields
 
 

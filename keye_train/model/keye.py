@@ -11,17 +11,18 @@ Two ways through the same modules:
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from keye_train.model.attention import PACKED_ATTENTION, Segments
+from keye_train.model.attention import Segments
 from keye_train.model.configuration import KeyeConfig
 from keye_train.model.generation import KeyeGenerationMixin, KeyeOutput
 from keye_train.model.initialization import initialize_module
-from keye_train.model.language import KeyeTextModel, padded_causal_mask
+from keye_train.model.language import KeyeTextModel
 from keye_train.model.loss import LMHead
 from keye_train.model.packed import IGNORE_INDEX, PackedInputs, VisionInputs
 from keye_train.model.positions import rope_index
@@ -40,11 +41,18 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ["image", "video", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # ``num_items_in_batch``
+    # ``attn_implementation`` chooses the language model's attention in padded batches. Packed rows and the vision
+    # tower always go through ``packed_attention``, which alone keeps samples and images apart.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _no_split_modules = ["Qwen3DecoderLayer", "EncoderLayer"]  # noqa: RUF012
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: KeyeConfig) -> None:
-        config._attn_implementation = PACKED_ATTENTION
         super().__init__(config)
         self.visual = VisionTower(config.vision)
         self.mlp_AR = Projector(config.vision.hidden_size, config.hidden_size)
@@ -70,7 +78,6 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
         Returns:
             [K] float32, in the order of ``inputs.loss_rows``; the caller adds up and divides.
         """
-        assert self.config._attn_implementation == PACKED_ATTENTION, "another attention would mix the samples"
         if inputs.input_ids.shape[0] == 0:
             inputs = _one_token(inputs)
         embeds = self.model.embed_tokens(inputs.input_ids)
@@ -102,33 +109,42 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         pixel_values: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
-        second_per_grid_ts: Tensor | None = None,
         rope_deltas: Tensor | None = None,
-        logits_to_keep: int = 0,
-        return_dict: bool = True,
+        cache_position: Tensor | None = None,
+        second_per_grid_ts: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
         packed: PackedInputs | None = None,
-    ) -> KeyeOutput | Tensor:
+    ) -> KeyeOutput | tuple[Any, ...] | Tensor:
         """Logits of a padded batch; with ``packed`` alone, ``forward_packed`` (engines call modules, not methods).
 
         Args:
             input_ids: [B, L] int64, only the new tokens where there is a cache.
             attention_mask: [B, L'] of all tokens with those in the cache; None: no padding.
-            position_ids: [3, B, L]; None: made from ids, grids and mask, or from ``rope_deltas`` after the prefill.
+            position_ids: [3, B, L], or [B, L] for the same on all axes; None: made from ids, grids and mask, or from
+                ``rope_deltas`` after the prefill.
             past_key_values: cache, extended in place.
             inputs_embeds: [B, L, W] in place of ``input_ids``; then ``position_ids`` is needed too.
             labels: [B, L] not shifted, -100 ignored; adds the mean loss over all labelled tokens.
-            use_cache: return a cache.
+            use_cache: return a cache; None: as in the configuration, but none while training.
+            output_attentions: return the weights of each layer, [B, H, L, L']; needs ``attn_implementation="eager"``.
+            output_hidden_states: return the input of each layer and the last states, layers + 1 of [B, L, W].
+            return_dict: False: a tuple of the fields that are there, loss first.
             pixel_values: [N, 3, 14, 14] normalised floats (or uint8 levels) of all images, in raster order.
             pixel_values_videos: the same for all videos.
             image_grid_thw, video_grid_thw: [images, 3] and [videos, 3] int64.
-            second_per_grid_ts: [videos] seconds between time steps; None: 1.
             rope_deltas: [B, 1], from the output of the prefill; needed with a filled cache.
-            logits_to_keep: last positions whose logits are wanted; 0: all.
-            return_dict: must be true.
+            cache_position: [L] places of the new tokens in the cache; None: they follow what it holds.
+            second_per_grid_ts: [videos] seconds between time steps; None: 1.
+            logits_to_keep: last positions whose logits are wanted, or their numbers; 0: all.
+            num_items_in_batch: the loss is the sum over labelled tokens divided by this; None: by their number.
             packed: a training pack; everything else is left out.
 
         Raises:
@@ -136,38 +152,53 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
         """
         if packed is not None:
             return self.forward_packed(packed)
-        if not return_dict:
-            raise ValueError("return_dict=False is not supported: read the fields of the output")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        config = self.config
         embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         images, videos = (pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw)
         embeds = self._place_vision(embeds, input_ids, images, videos)
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        length = embeds.shape[1]
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_key_values = DynamicCache(config=config)
         if position_ids is None:
-            if past == 0 and input_ids is not None:
-                position_ids, rope_deltas = self._positions(
-                    input_ids, attention_mask, image_grid_thw, video_grid_thw, second_per_grid_ts
-                )
-            elif rope_deltas is not None:
-                places = torch.arange(past, past + length, device=embeds.device)
-                position_ids = (places + rope_deltas.to(embeds.device)).expand(3, -1, -1)
-            else:
-                raise ValueError("a filled cache needs rope_deltas (from the prefill's output) or position_ids")
-        mask = padded_causal_mask(attention_mask, length, past + length, embeds.device)
-        hidden = self.model(embeds, position_ids, mask=mask, cache=past_key_values)
-        logits = self.lm_head(hidden[:, -logits_to_keep:])
+            position_ids, rope_deltas = self._positions(
+                embeds, input_ids, attention_mask, images[1], videos[1], second_per_grid_ts, rope_deltas,
+                cache_position, past_key_values,
+            )  # fmt: skip
+        elif position_ids.dim() == 2:
+            position_ids = position_ids.expand(3, -1, -1)
+        states: list[Tensor] | None = [] if _wanted(output_hidden_states, config.output_hidden_states) else None
+        weights: list[Tensor | None] | None = [] if _wanted(output_attentions, config.output_attentions) else None
+        if weights is not None and config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions=True needs attn_implementation='eager', this is {config._attn_implementation!r}"
+            )
+        hidden = self.model(
+            embeds,
+            position_ids,
+            attention_mask=attention_mask,
+            cache=past_key_values,
+            states=states,
+            weights=weights,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:
-            if logits_to_keep:
+            if logits.shape[1] != labels.shape[1]:
                 raise ValueError("labels need the logits of all positions: drop logits_to_keep")
-            loss = F.cross_entropy(
-                logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
-            )
-        return KeyeOutput(loss=loss, logits=logits, past_key_values=past_key_values, rope_deltas=rope_deltas)
+            loss = _mean_loss(logits, labels, num_items_in_batch)
+        output = KeyeOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=None if states is None else tuple(states),
+            attentions=None if weights is None else tuple(weight for weight in weights if weight is not None),
+            rope_deltas=rope_deltas,
+        )
+        return output if _wanted(return_dict, config.return_dict) else output.to_tuple()
 
     def _place_vision(
         self, embeds: Tensor, input_ids: Tensor | None, images: PatchesAndGrids, videos: PatchesAndGrids
@@ -198,13 +229,38 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
 
     def _positions(
         self,
-        input_ids: Tensor,
+        embeds: Tensor,
+        input_ids: Tensor | None,
         attention_mask: Tensor | None,
         image_grid_thw: Tensor | None,
         video_grid_thw: Tensor | None,
         second_per_grid_ts: Tensor | None,
+        rope_deltas: Tensor | None,
+        cache_position: Tensor | None,
+        cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
-        """Positions [3, B, L] and deltas [B, 1] of a prompt."""
+        """Positions [3, B, L] of the new tokens and deltas [B, 1] for those that follow."""
+        past = cache.get_seq_length() if cache is not None else 0
+        if past == 0 and input_ids is not None:
+            return self.get_rope_index(input_ids, image_grid_thw, video_grid_thw, second_per_grid_ts, attention_mask)
+        if rope_deltas is None:
+            raise ValueError(
+                "a filled cache needs rope_deltas (from the prefill's output) or position_ids; inputs_embeds need "
+                "position_ids"
+            )
+        if cache_position is None:
+            cache_position = torch.arange(past, past + embeds.shape[1], device=embeds.device)
+        return (cache_position + rope_deltas.to(embeds.device)).expand(3, -1, -1), rope_deltas
+
+    def get_rope_index(
+        self,
+        input_ids: Tensor,
+        image_grid_thw: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        second_per_grid_ts: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Positions [3, B, L] and deltas [B, 1] of a prompt; see ``positions.rope_index``."""
         config = self.config
         return rope_index(
             input_ids,
@@ -217,6 +273,28 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
             video_pad_id=config.video_token_id,
             tokens_per_second=config.vision.tokens_per_second,
         )
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Put another output matrix in place, as ``resize_token_embeddings`` does; it stays an ``LMHead``."""
+        assert isinstance(new_embeddings, nn.Linear)
+        if not isinstance(new_embeddings, LMHead):
+            with torch.device("meta"):
+                head = LMHead(new_embeddings.in_features, new_embeddings.out_features)
+            head.weight = new_embeddings.weight
+            new_embeddings = head
+        self.lm_head = new_embeddings
+
+
+def _wanted(argument: bool | None, default: bool | None) -> bool:
+    return bool(default if argument is None else argument)
+
+
+def _mean_loss(logits: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:
+    """Cross entropy of ``logits`` [B, L, V] with the next ``labels`` [B, L], over all rows together."""
+    predicted, targets = logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
+    if num_items_in_batch is None:
+        return F.cross_entropy(predicted, targets, ignore_index=IGNORE_INDEX)
+    return F.cross_entropy(predicted, targets, ignore_index=IGNORE_INDEX, reduction="sum") / num_items_in_batch
 
 
 def _one_token(empty: PackedInputs) -> PackedInputs:

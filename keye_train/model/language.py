@@ -5,14 +5,16 @@ Legend: B rows (1 for a pack), L tokens of a row, L' tokens with those in the ca
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
+from transformers.masking_utils import create_causal_mask
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
 
-from keye_train.model.attention import Segments
+from keye_train.model.attention import PACKED_ATTENTION, Segments
 from keye_train.model.configuration import KeyeConfig
 
 
@@ -39,39 +41,18 @@ def mrope_tables(position_ids: Tensor, config: KeyeConfig, dtype: torch.dtype) -
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def padded_causal_mask(attention_mask: Tensor | None, length: int, total: int, device: torch.device) -> Tensor | None:
-    """Which keys each query of a padded, possibly cached batch may see.
-
-    Args:
-        attention_mask: [B, L'], non-zero at real tokens; None: no padding.
-        length: L, new tokens.
-        total: L', new tokens and those in the cache.
-        device: of the result.
-
-    Returns:
-        [B or 1, 1, L, L'] bool, or None where a single new token sees everything.
-    """
-    if attention_mask is None and length == 1:
-        return None
-    keys = torch.arange(total, device=device)
-    queries = keys[total - length :, None]
-    causal = keys <= queries
-    if attention_mask is None:
-        return causal[None, None]
-    # A padded query sees itself, so that no row of the softmax is empty; its output is never used.
-    allowed = (causal & attention_mask.bool()[:, None, :]) | (keys == queries)
-    return allowed[:, None]
-
-
 class KeyeTextModel(nn.Module):
     """Embeddings to final hidden states, for packed rows and for padded batches with a cache."""
 
     def __init__(self, config: KeyeConfig) -> None:
         super().__init__()
         self.config = config
+        # The layers ask their configuration for an attention function. Theirs always names the one that knows packed
+        # rows; ``config`` keeps the user's choice for padded batches.
+        layer_config: Any = deepcopy(config)  # has every field of Qwen3Config that a layer reads
+        layer_config._attn_implementation = PACKED_ATTENTION
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        fields: Any = config  # has every field of Qwen3Config that a layer reads
-        self.layers = nn.ModuleList(Qwen3DecoderLayer(fields, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Qwen3DecoderLayer(layer_config, index) for index in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
@@ -80,29 +61,43 @@ class KeyeTextModel(nn.Module):
         position_ids: Tensor,
         *,
         segments: Segments | None = None,
-        mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         cache: Cache | None = None,
+        states: list[Tensor] | None = None,
+        weights: list[Tensor | None] | None = None,
     ) -> Tensor:
         """Run the layers.
 
         Args:
             embeds: [B, L, W].
             position_ids: [3, B, L].
-            segments: causal segments of a packed row; then ``mask`` and ``cache`` are None.
-            mask: [B, 1, L, L'] bool of a padded batch.
+            segments: causal segments of a packed row; the arguments below belong to padded batches.
+            attention_mask: [B, L'], non-zero at real tokens (or a mask [B, 1, L, L'] that is used as it is);
+                None: no padding.
             cache: keys and values so far; extended in place.
+            states: filled with the hidden states, the input of each layer and the result: layers + 1 of [B, L, W].
+            weights: filled with the attention weights of each layer, [B, H, L, L'].
 
         Returns:
             [B, L, W], normalised.
         """
         rotary = mrope_tables(position_ids, self.config, embeds.dtype)
+        options: dict[str, Any]
+        if segments is not None:
+            options = {"segments": segments}
+        else:
+            options = {
+                "attention_mask": create_causal_mask(self.config, embeds, attention_mask, cache),
+                "past_key_values": cache,
+                "padded_attention": self.config._attn_implementation,
+                "recorded": weights,
+            }
         hidden = embeds
         for layer in self.layers:
-            hidden = layer(
-                hidden,
-                attention_mask=mask,
-                position_embeddings=rotary,
-                past_key_values=cache,
-                segments=segments,
-            )
-        return self.norm(hidden)
+            if states is not None:
+                states.append(hidden)
+            hidden = layer(hidden, position_embeddings=rotary, **options)
+        hidden = self.norm(hidden)
+        if states is not None:
+            states.append(hidden)
+        return hidden

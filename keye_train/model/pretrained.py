@@ -11,7 +11,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -21,15 +23,54 @@ from torch import Tensor, nn
 from keye_train.model.configuration import KeyeConfig
 from keye_train.model.dual_encoder import DualEncoder
 from keye_train.model.keye import KeyeForConditionalGeneration
-from keye_train.runs import read_json, settle, write_text_atomic
+from keye_train.runs import read_json, settle, write_json_atomic, write_text_atomic
 from keye_train.settings import TextTowerSettings
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 
+# What stands beside the weights, so that an export can be used on its own.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
 NamedTensors = Iterable[tuple[str, Tensor]]
+ExtraFiles = Mapping[str, Path | dict[str, Any]]
 Gather = Callable[[nn.Parameter], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor of a checkpoint, as the header of its file describes it."""
+
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name: F32, BF16, ...
+    file: str
+
+
+def list_tensors(folder: str | Path) -> dict[str, TensorInfo]:
+    """Names and shapes of all tensors of a checkpoint folder; only headers are read.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``read_state``.
+    """
+    found = {}
+    for file, names, shard in _open_shards(Path(folder)):
+        for name in names:
+            view = shard.get_slice(name)
+            found[name] = TensorInfo(tuple(view.get_shape()), view.get_dtype(), file)
+    return found
 
 
 def read_state(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -39,7 +80,13 @@ def read_state(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
         FileNotFoundError: no safetensors, or a shard that the index names is absent.
         ValueError: a shard lacks a tensor that the index promises.
     """
-    folder = Path(folder)
+    for _, names, shard in _open_shards(Path(folder)):
+        for name in names:
+            yield name, shard.get_tensor(name)
+
+
+def _open_shards(folder: Path) -> Iterator[tuple[str, list[str], Any]]:
+    """Each file of a checkpoint: its name, the tensors that it is read for, and the open file."""
     index = folder / WEIGHTS_INDEX
     if index.exists():
         places: dict[str, str] = read_json(index)["weight_map"]
@@ -55,12 +102,12 @@ def read_state(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
             raise FileNotFoundError(
                 f"{folder / file} is named by {WEIGHTS_INDEX} but absent: copy the checkpoint again"
             )
+        names = [name for name, place in places.items() if place == file]
         with safe_open(folder / file, framework="pt") as shard:
-            held = set(shard.keys())
-            for name in (name for name, place in places.items() if place == file):
-                if name not in held:
-                    raise ValueError(f"{folder / file} lacks {name}, which {WEIGHTS_INDEX} promises")
-                yield name, shard.get_tensor(name)
+            lacking = sorted(set(names) - set(shard.keys()))
+            if lacking:
+                raise ValueError(f"{folder / file} lacks {lacking[0]}, which {WEIGHTS_INDEX} promises")
+            yield file, names, shard
 
 
 @torch.no_grad()
@@ -135,16 +182,26 @@ def load_export(folder: str | Path, dtype: torch.dtype | None = None) -> KeyeFor
     Raises:
         FileNotFoundError, ValueError: see ``read_state`` and ``load_state``; or a tensor is missing.
     """
-    config = _read_config(folder, dtype)
+    config = read_config(folder, dtype)
     if config.architectures == ["DualEncoder"]:
         raise ValueError(f"{folder} is an export of Stage 0 (two towers): it has no language model")
-    with torch.device("meta"):  # nothing is drawn that the file replaces
-        model = KeyeForConditionalGeneration(config)
-    nn.Module.to(model, config.dtype).to_empty(device="cpu")
-    model.tie_weights()
+    model = empty_model(config)
     filled = load_state(model, read_state(folder))
     require_all(model, filled, str(folder), allowed=lambda name: False)
     return model.eval()
+
+
+def empty_model(config: KeyeConfig, dtype: torch.dtype | None = None) -> KeyeForConditionalGeneration:
+    """A model on the CPU whose parameters hold whatever was in memory: to be filled from a file.
+
+    Args:
+        dtype: of the weights; None: that of ``config``.
+    """
+    with torch.device("meta"):  # nothing is drawn that the file replaces
+        model = KeyeForConditionalGeneration(config)
+    nn.Module.to(model, dtype or config.dtype).to_empty(device="cpu")
+    model.tie_weights()
+    return model
 
 
 def load_dual_encoder(folder: str | Path, dtype: torch.dtype | None = None) -> DualEncoder:
@@ -153,7 +210,7 @@ def load_dual_encoder(folder: str | Path, dtype: torch.dtype | None = None) -> D
     Raises:
         FileNotFoundError, ValueError: as ``load_export``.
     """
-    config = _read_config(folder, dtype)
+    config = read_config(folder, dtype)
     if config.architectures != ["DualEncoder"]:
         raise ValueError(f"{folder} is not an export of Stage 0: its config.json has no text_tower")
     with torch.device("meta"):
@@ -169,14 +226,30 @@ def save_export(
     config: KeyeConfig,
     folder: str | Path,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    extra_files: Mapping[str, Path] | None = None,
+    extra_files: ExtraFiles | None = None,
 ) -> None:
     """Write an export, whole or not at all; an export that stands there is replaced.
 
     Args:
         state: (name, tensor) under the official names; at most ``max_shard_bytes`` of them are held at a time.
         config: becomes config.json, with the data type of the tensors.
-        extra_files: name in the export -> file to copy, e.g. the tokenizer's.
+        extra_files: name in the export -> a file to copy, e.g. the tokenizer's, or a value to write as JSON.
+    """
+    fields = KeyeConfig(**config.to_dict())
+    write_folder(state, fields.to_diff_dict(), folder, max_shard_bytes, extra_files)
+
+
+def write_folder(
+    state: NamedTensors,
+    config: dict[str, Any],
+    folder: str | Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    extra_files: ExtraFiles | None = None,
+) -> None:
+    """A folder of safetensors beside their config.json, whole or not at all; see ``save_export``.
+
+    Args:
+        config: fields of config.json; ``torch_dtype`` is added.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -185,11 +258,14 @@ def save_export(
     aside.mkdir()
     try:
         dtype = _write_weights(state, aside, max_shard_bytes)
-        config = KeyeConfig(**config.to_dict())
-        config.dtype = dtype
-        write_text_atomic(aside / "config.json", config.to_json_string())
+        written = {name: value for name, value in config.items() if name != "dtype"}
+        written["torch_dtype"] = str(dtype).removeprefix("torch.")
+        write_json_atomic(aside / "config.json", written)
         for name, source in (extra_files or {}).items():
-            shutil.copyfile(source, aside / name)
+            if isinstance(source, Path):
+                shutil.copyfile(source, aside / name)
+            else:
+                write_json_atomic(aside / name, source)
         _replace_folder(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -242,10 +318,26 @@ def _replace_folder(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _read_config(folder: str | Path, dtype: torch.dtype | None) -> KeyeConfig:
+def read_config(folder: str | Path, dtype: torch.dtype | None = None) -> KeyeConfig:
+    """Configuration of an export, or of the published checkpoint.
+
+    ``auto_map``, which names code in a repository, is left behind: nothing here would run it.
+
+    Args:
+        dtype: of the weights; None: as stored, float32 where nothing is.
+
+    Raises:
+        FileNotFoundError: no config.json.
+        ValueError: not JSON, or of another kind of model.
+    """
     path = Path(folder) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} is absent: {folder} is no export")
-    config = KeyeConfig(**read_json(path))
+    fields = read_json(path)
+    kind = fields.get("model_type", KeyeConfig.model_type)
+    if kind != KeyeConfig.model_type:
+        raise ValueError(f"{path} describes a model of type {kind}, not Keye: name a Keye checkpoint")
+    fields.pop("auto_map", None)
+    config = KeyeConfig(**fields)
     config.dtype = dtype or config.dtype or torch.float32
     return config

@@ -11,16 +11,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from keye_train.model.configuration import keye_config
+from keye_train.model.configuration import KeyeConfig, keye_config
 from keye_train.model.dual_encoder import DualEncoder
+from keye_train.model.initialization import initialize_weights
 from keye_train.model.keye import KeyeForConditionalGeneration
 from keye_train.model.parameters import PACKING_TABLE
-from keye_train.model.pretrained import load_state, read_state, require_all
+from keye_train.model.pretrained import NamedTensors, empty_model, list_tensors, load_state, read_state, require_all
+from keye_train.model.projector import Projector
+from keye_train.model.vision import PACKING_POSITIONS
 from keye_train.runs import read_json
 from keye_train.settings import ModelSettings
 
 NEW_IN_KEYE = "mlp_AR."  # neither SigLIP nor Qwen3 has a projector: it starts random, and Stage 1 trains it
 TEXT_TOWER = ("text_model.", "logit_scale", "logit_bias")
+BARE_TOWER = ("embeddings.", "encoder.", "post_layernorm.", "head.")  # of a SiglipVisionModel saved on its own
+COMPUTED = (".position_ids", ".rotary_emb.inv_freq")  # older versions of transformers wrote these buffers
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def initial_model(
@@ -41,13 +47,16 @@ def initial_model(
         FileNotFoundError: a source is absent.
         ValueError: a tensor is missing, too many, or of another shape; the message names it and the setting to check.
     """
-    config = keye_config(settings)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = KeyeForConditionalGeneration(config)
-    nn.Module.to(model, dtype)
-    start = settings.start
+    config, start = keye_config(settings), settings.start
     whole_parent = parent is not None and _has_language_model(parent)
+    if start.random and not whole_parent:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = KeyeForConditionalGeneration(config)
+        nn.Module.to(model, dtype)
+    else:  # every tensor has a source, or stops the run: drawing 8 billion numbers first would take minutes
+        model = empty_model(config, dtype)
+        load_state(model, new_weights(config, seed))
     sources: list[str] = []
     filled: set[str] = set()
     if start.siglip is not None and parent is None:
@@ -81,29 +90,101 @@ def initial_dual_encoder(settings: ModelSettings, seed: int, dtype: torch.dtype 
     return model
 
 
-def siglip_towers(folder: str | Path, with_text: bool) -> Iterator[tuple[str, Tensor]]:
-    """The towers of a SigLIP checkpoint, the vision tower under Keye's names; without text that part is dropped."""
-    for name, tensor in read_state(folder):
-        if name.startswith("vision_model."):
-            yield f"visual.{name}", tensor
-        elif not name.startswith(TEXT_TOWER):
-            raise ValueError(f"{folder} holds {name}, which is no part of SigLIP: check model.start.siglip")
-        elif with_text:
-            yield name, tensor
+@torch.no_grad()
+def new_weights(config: KeyeConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """What neither SigLIP nor Qwen3 has, float32: the projector, drawn, and a table that nothing reads, zeros."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projector = Projector(config.vision.hidden_size, config.hidden_size)
+        initialize_weights(projector, config.initializer_range)
+    for name, parameter in projector.named_parameters():
+        yield f"{NEW_IN_KEYE}{name}", parameter
+    yield PACKING_TABLE, torch.zeros(PACKING_POSITIONS, config.vision.hidden_size)
 
 
-def qwen3_language(folder: str | Path, tied: bool) -> Iterator[tuple[str, Tensor]]:
-    """A Qwen3 checkpoint; where its output matrix is tied and the model's (``tied``) is not, that starts as a copy."""
-    has_head, embeddings = False, None
+def siglip_towers(
+    folder: str | Path, with_text: bool, dropped: list[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The towers of a SigLIP checkpoint, under the names of this package.
+
+    Args:
+        folder: a SiglipModel, or a SiglipVisionModel.
+        with_text: also the text tower, for Stage 0; else it is dropped.
+        dropped: filled with the names in the file that are not used.
+
+    Raises:
+        ValueError: a tensor that is no part of SigLIP.
+    """
     for name, tensor in read_state(folder):
+        target = siglip_target(name, folder)
+        if target is None or (target.startswith(TEXT_TOWER) and not with_text):
+            if dropped is not None:
+                dropped.append(name)
+        else:
+            yield target, tensor
+
+
+def siglip_target(name: str, folder: str | Path) -> str | None:
+    """Name in this package of a tensor of SigLIP; None where it is computed instead.
+
+    Raises:
+        ValueError: no part of SigLIP.
+    """
+    if name.endswith(COMPUTED):
+        return None
+    if name.startswith("vision_model."):
+        return f"visual.{name}"
+    if name.startswith(BARE_TOWER):
+        return f"visual.vision_model.{name}"
+    if name.startswith(TEXT_TOWER):
+        return name
+    raise ValueError(f"{folder} holds {name}, which is no part of SigLIP: check model.start.siglip")
+
+
+def qwen3_language(folder: str | Path, tied: bool, dropped: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """A Qwen3 checkpoint; its names are Keye's.
+
+    Args:
+        folder: a Qwen3ForCausalLM of any size.
+        tied: whether Keye's output matrix is its embedding. Where it is not but Qwen3's is, it starts as a copy.
+        dropped: filled with the names in the file that are not used.
+
+    Raises:
+        ValueError: a tensor that is no part of Qwen3, or two matrices where ``tied`` leaves room for one.
+    """
+    has_head = HEAD in list_tensors(folder)
+    state = read_state(folder)
+    for name, tensor in without_tied_head(state, str(folder), dropped) if tied else state:
         if not name.startswith(("model.", "lm_head.")):
             raise ValueError(f"{folder} holds {name}, which is no part of Qwen3: check model.start.qwen3")
-        has_head = has_head or name == "lm_head.weight"
-        if name == "model.embed_tokens.weight":
-            embeddings = tensor
+        if name.endswith(COMPUTED):
+            if dropped is not None:
+                dropped.append(name)
+            continue
         yield name, tensor
-    if not has_head and not tied and embeddings is not None:
-        yield "lm_head.weight", embeddings
+        if name == EMBEDDINGS and not has_head and not tied:
+            yield HEAD, tensor
+
+
+def without_tied_head(state: NamedTensors, source: str, dropped: list[str] | None = None) -> NamedTensors:
+    """Tensors of a model whose output matrix is its embedding: where a file has both, one is enough.
+
+    Raises:
+        ValueError: they differ.
+    """
+    matrices: dict[str, Tensor] = {}
+    for name, tensor in state:
+        if name in (EMBEDDINGS, HEAD):
+            matrices[name] = tensor
+        if name != HEAD:
+            yield name, tensor
+        elif dropped is not None:
+            dropped.append(name)
+    if len(matrices) == 2 and not torch.equal(*matrices.values()):
+        raise ValueError(
+            f"{source} has an output matrix of its own, {HEAD}: set tie_word_embeddings=false to keep it "
+            "(model.language.tie_word_embeddings in a recipe)"
+        )
 
 
 def _export_weights(export: str | Path) -> Iterator[tuple[str, Tensor]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from keye_train import runs
 from keye_train.model.configuration import KeyeConfig
-from keye_train.model.pretrained import save_export
+from keye_train.model.pretrained import TOKENIZER_FILES, save_export
 from keye_train.model.start import initial_model
 from keye_train.settings import Precision, TrainSettings
 from keye_train.training.checkpoint import TensorReader
@@ -20,20 +20,6 @@ from keye_train.training.distributed import World
 from keye_train.training.engine import Engine
 
 logger = logging.getLogger(__name__)
-
-# Copied from the tokenizer's folder where they are there, so that the export can be used on its own.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-    "preprocessor_config.json",
-)
 
 
 def write_export(engine: Engine, config: KeyeConfig, settings: TrainSettings, run_dir: Path, world: World) -> Path:

@@ -222,11 +222,13 @@ class TestEveryPackRunsEveryModule:
         inputs = golden.pack(("text", "image"), model.config)
         assert torch.equal(model(packed=inputs), model.forward_packed(inputs))
 
-    def test_another_attention_is_refused(self) -> None:
-        model = golden.tiny_model()
-        model.config._attn_implementation = "sdpa"
-        with pytest.raises(AssertionError, match="mix the samples"):
-            model.forward_packed(golden.pack(("text",), model.config))
+    @pytest.mark.parametrize("chosen", ["eager", "sdpa", "flex_attention"])
+    def test_attn_implementation_is_for_padded_batches_only(self, chosen: str) -> None:
+        """No choice of the user lets samples of a pack see each other."""
+        model, other = golden.tiny_model(), golden.tiny_model()
+        other.set_attn_implementation(chosen)
+        inputs = golden.pack(golden.SAMPLES, model.config)
+        assert torch.equal(other.forward_packed(inputs), model.forward_packed(inputs))
 
 
 class TestLowPrecision:

@@ -1,0 +1,223 @@
+"""Configurations on the way in and out: Keye's from those of SigLIP and Qwen3, SigLIP's from Keye's.
+
+Whatever the sources compute and Keye does not is refused here, by the name of the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import Qwen3Config, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+
+from keye_train.model.configuration import KeyeConfig, KeyeVisionConfig
+from keye_train.model.positions import PATCH_SIZE
+from keye_train.model.pretrained import TOKENIZER_FILES
+from keye_train.runs import read_json
+
+# Field of Keye's config.json -> its token, as Qwen3's and Keye's tokenizers name it
+TOKEN_FIELDS = {
+    "bos_token_id": "<|endoftext|>",
+    "eos_token_id": "<|im_end|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "vision_token_id": "<|vision_pad|>",
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+}
+VISION_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "attention_dropout",
+)
+LANGUAGE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
+
+PUBLISHED_PREPROCESSOR: Mapping[str, Any] = {
+    "min_pixels": 3136,
+    "max_pixels": 1003520,
+    "patch_size": 14,
+    "temporal_patch_size": 1,
+    "merge_size": 2,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "processor_class": "KeyeProcessor",
+}
+PUBLISHED_SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+
+
+def keye_from_sources(siglip: Path, qwen3: Path, tokenizer: Path, untie: bool = False) -> KeyeConfig:
+    """Keye's configuration on a SigLIP tower and a Qwen3 of any size.
+
+    Args:
+        siglip, qwen3: checkpoint folders, with config.json.
+        tokenizer: folder whose tokenizer.json has Keye's vision tokens.
+        untie: give Keye an output matrix of its own where Qwen3 has none.
+
+    Raises:
+        FileNotFoundError: a config.json or tokenizer.json is absent.
+        ValueError: another kind of model, or a field that Keye cannot follow; the message names file and field.
+    """
+    vision, language = _vision_config(siglip), _qwen3_config(qwen3)
+    fields: dict[str, Any] = {name: getattr(language, name) for name in LANGUAGE_FIELDS}
+    if untie:
+        fields["tie_word_embeddings"] = False
+    tokens = special_token_ids(tokenizer)
+    largest = max(tokens.values())
+    if largest >= language.vocab_size:
+        raise ValueError(
+            f"{tokenizer / 'tokenizer.json'} has the id {largest}, but {qwen3} has {language.vocab_size} embeddings: "
+            "choose the tokenizer that belongs to it"
+        )
+    fields |= tokens
+    return KeyeConfig(
+        architectures=["KeyeForConditionalGeneration"],
+        vision_config=vision,
+        max_window_layers=language.num_hidden_layers,
+        rope_theta=float(dict(language.rope_parameters or {})["rope_theta"]),
+        **fields,
+    )
+
+
+def special_token_ids(tokenizer: Path) -> dict[str, int]:
+    """Ids of the tokens that config.json names, from tokenizer.json.
+
+    Raises:
+        FileNotFoundError: no tokenizer.json.
+        ValueError: a token is missing.
+    """
+    path = tokenizer / "tokenizer.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is absent: name the folder of Keye's tokenizer with --tokenizer")
+    added = {token["content"]: token["id"] for token in read_json(path).get("added_tokens", [])}
+    for token in TOKEN_FIELDS.values():
+        if token not in added:
+            raise ValueError(f"{path} has no token {token}: name the folder of Keye's tokenizer with --tokenizer")
+    return {field: added[token] for field, token in TOKEN_FIELDS.items()}
+
+
+def processor_files(folder: Path, config: KeyeConfig) -> dict[str, Path | dict[str, Any]]:
+    """Tokenizer and processor files of a folder; the two that follow from the model alone are made where they lack.
+
+    ``auto_map`` is left out of them, as out of config.json.
+    """
+    files: dict[str, Path | dict[str, Any]] = {
+        name: folder / name for name in TOKENIZER_FILES if (folder / name).exists()
+    }
+    files.setdefault("preprocessor_config.json", dict(PUBLISHED_PREPROCESSOR))
+    files.setdefault(
+        "generation_config.json",
+        PUBLISHED_SAMPLING
+        | {
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": [config.eos_token_id, config.bos_token_id],
+            "pad_token_id": config.bos_token_id,  # Keye pads with <|endoftext|>, which is its bos token as well
+        },
+    )
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):
+        path = files.get(name)
+        if isinstance(path, Path) and "auto_map" in (fields := read_json(path)):
+            files[name] = {key: value for key, value in fields.items() if key != "auto_map"}
+    return files
+
+
+def siglip_from_keye(vision: KeyeVisionConfig) -> SiglipVisionConfig:
+    """The tower's shape as transformers' SigLIP describes it."""
+    return SiglipVisionConfig(**{name: getattr(vision, name) for name in VISION_FIELDS})
+
+
+def siglip_from_towers(config: KeyeConfig) -> SiglipConfig:
+    """Both towers of a Stage 0 export."""
+    text = config.text_tower
+    return SiglipConfig(
+        vision_config=siglip_from_keye(config.vision).to_dict(),
+        text_config=SiglipTextConfig(
+            vocab_size=text["vocab_size"],
+            hidden_size=text["hidden_size"],
+            intermediate_size=text["intermediate_size"],
+            num_hidden_layers=text["num_hidden_layers"],
+            num_attention_heads=text["num_attention_heads"],
+            max_position_embeddings=text["max_tokens"],
+            projection_size=config.vision.hidden_size,
+            bos_token_id=None,
+            eos_token_id=None,
+        ).to_dict(),
+    )
+
+
+def _vision_config(folder: Path) -> KeyeVisionConfig:
+    path, fields = _read(folder)
+    kind = fields.get("model_type")
+    if kind == "siglip":
+        fields = fields.get("vision_config") or {}
+    elif kind != "siglip_vision_model":
+        raise ValueError(f"{path} describes a model of type {kind}, not SigLIP: check --siglip")
+    theirs = SiglipVisionConfig(**{name: value for name, value in fields.items() if name in VISION_FIELDS})
+    required = {
+        "patch_size": PATCH_SIZE,
+        "num_channels": 3,
+        "hidden_act": "gelu_pytorch_tanh",
+        "attention_dropout": 0.0,
+    }
+    _require(path, theirs, required)
+    if fields.get("vision_use_head") is False:
+        raise ValueError(f"{path} has vision_use_head=false: Keye's layout has the pooling head, take a whole SigLIP")
+    if theirs.hidden_size % (4 * theirs.num_attention_heads):
+        raise ValueError(
+            f"{path} has hidden_size={theirs.hidden_size} and num_attention_heads={theirs.num_attention_heads}: 2-D "
+            "rotary positions need heads whose width is a multiple of 4"
+        )
+    return KeyeVisionConfig(**{name: getattr(theirs, name) for name in VISION_FIELDS})
+
+
+def _qwen3_config(folder: Path) -> Qwen3Config:
+    path, fields = _read(folder)
+    if fields.get("model_type") != "qwen3":
+        raise ValueError(f"{path} describes a model of type {fields.get('model_type')}, not qwen3: check --qwen3")
+    config = Qwen3Config(**fields)
+    required = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+    }
+    _require(path, config, required)
+    rope = dict(config.rope_parameters or {})
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"{path} stretches positions (rope_type={rope['rope_type']}): Keye starts from plain RoPE")
+    if config.head_dim % 8:
+        raise ValueError(f"{path} has head_dim={config.head_dim}: three rotary sections need a multiple of 8")
+    return config
+
+
+def _read(folder: Path) -> tuple[Path, dict[str, Any]]:
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is absent: name the folder of a whole checkpoint")
+    return path, read_json(path)
+
+
+def _require(path: Path, config: Any, required: Mapping[str, Any]) -> None:
+    for name, value in required.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"{path} has {name}={getattr(config, name)}: Keye has {value}")
