@@ -35,7 +35,7 @@ from keye_train.data.collate import collate_samples
 from keye_train.data.packing import Budget
 from keye_train.model import IGNORE_INDEX, KeyeForConditionalGeneration, keye_config, module_parameters
 from keye_train.model.flops import FlopCoefficients
-from keye_train.model.processing import EncodedSample
+from keye_train.model.sample_encoder import EncodedSample
 from keye_train.model.vision import normalize_levels
 from keye_train.settings import TrainSettings
 from keye_train.training import distributed

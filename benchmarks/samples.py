@@ -15,7 +15,7 @@ import torch
 from keye_train.data.packing import Budget, pack_samples
 from keye_train.model.packed import IGNORE_INDEX
 from keye_train.model.positions import sample_positions
-from keye_train.model.processing import EncodedSample
+from keye_train.model.sample_encoder import EncodedSample
 from keye_train.sample import SampleRef
 from keye_train.settings import ModelSettings
 

@@ -89,23 +89,10 @@ def _values(record: Any, path: Sequence[str]) -> list[Any]:
 def class_vectors(model: DualEncoder, processor: SampleEncoder, prompts: Sequence[Sequence[str]]) -> Tensor:
     """The mean vector of each class's prompts, of length 1: [K, C] float32 on the CPU."""
     device = next(model.parameters()).device
-    ids = _prompt_ids(processor, [prompt for group in prompts for prompt in group])
+    ids = processor.text_ids([prompt for group in prompts for prompt in group])
     vectors = [model.text_model(part.to(device)).float().cpu() for part in ids.split(BATCH_PAIRS)]
     groups = F.normalize(torch.cat(vectors), dim=-1).split([len(group) for group in prompts])
     return F.normalize(torch.stack([group.mean(dim=0) for group in groups]), dim=-1)
-
-
-def _prompt_ids(processor: SampleEncoder, prompts: list[str]) -> Tensor:
-    """[K * R, L] int64, tokenized as ``SampleEncoder.encode_pair`` does captions."""
-    encoded = processor.text_tokenizer(
-        prompts,
-        max_length=processor.model.text_tower.max_tokens,
-        truncation=True,
-        padding="max_length",
-        padding_side="right",
-        split_special_tokens=True,
-    )
-    return torch.tensor(encoded["input_ids"])
 
 
 def zeroshot_scores(images: Tensor, classes: Tensor, labels: Sequence[int]) -> dict[str, float]:

@@ -17,9 +17,9 @@ from transformers import (
     AutoProcessor,
 )
 
-import keye_train.model
 from keye_train.model.configuration import KeyeConfig
 from keye_train.model.keye import KeyeForConditionalGeneration
+from keye_train.model.processor import KeyeProcessor
 
 # The published auto_map has the first two, transformers' pipelines ask for the others.
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
@@ -30,14 +30,7 @@ def register_auto_classes() -> None:
     AutoConfig.register(KeyeConfig.model_type, KeyeConfig, exist_ok=True)
     for auto_class in MODEL_CLASSES:
         auto_class.register(KeyeConfig, KeyeForConditionalGeneration, exist_ok=True)
-    _register_processor()
-
-
-def _register_processor() -> None:
-    """The processor, where this version of the package has it."""
-    processor = getattr(keye_train.model, "KeyeProcessor", None)
-    if processor is not None:
-        AutoProcessor.register(KeyeConfig, processor, exist_ok=True)
+    AutoProcessor.register(KeyeConfig, KeyeProcessor, exist_ok=True)
 
 
 register_auto_classes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -149,17 +150,20 @@ class SampleEncoder:
         if [kind for kind, _ in media] != [MediaKind.image]:
             raise SampleError(f"a caption pair needs exactly one image and nothing else, this has {len(media)} media")
         patches, grid = decode_image(media[0][1], self.resolution)
-        text_ids = self.text_tokenizer(
-            caption,
+        text_ids = self.text_ids([caption])[0]
+        return EncodedPair(sample.ref, sample.task, torch.from_numpy(patches), torch.tensor([grid]), text_ids)
+
+    def text_ids(self, captions: Sequence[str]) -> Tensor:
+        """Captions for the text tower: [B, max_tokens] int64, cut or padded on the right."""
+        encoded = self.text_tokenizer(
+            list(captions),
             max_length=self.model.text_tower.max_tokens,
             truncation=True,
             padding="max_length",
             padding_side="right",
             split_special_tokens=True,
-        )["input_ids"]
-        return EncodedPair(
-            sample.ref, sample.task, torch.from_numpy(patches), torch.tensor([grid]), torch.tensor(text_ids)
         )
+        return torch.tensor(encoded["input_ids"])
 
     def _encode(self, sample: Sample, messages: list[Message], generation_prompt: bool) -> EncodedSample:
         patches: list[np.ndarray] = [np.empty((0, 3, PATCH_SIZE, PATCH_SIZE), dtype=np.uint8)]

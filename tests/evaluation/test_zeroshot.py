@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from keye_train.model.processing import KeyeProcessor
 from tiny import png, question, toy_settings, write_exports, write_shard
 
 from keye_train.evaluation.zeroshot import class_vectors, read_zeroshot, zeroshot_scores
 from keye_train.model.pretrained import load_dual_encoder
+from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.settings import DataSettings, ResolutionSettings, SettingsError, ZeroshotSettings
 from keye_train.settings.data import check_data
 
@@ -85,7 +85,7 @@ class TestTask:
     def test_a_class_is_the_mean_of_its_prompts(self, folder: Path) -> None:
         settings = toy_settings(folder / "tokenizer")
         (export,) = write_exports(folder / "runs", settings, {"towers": 0})
-        model, processor = load_dual_encoder(export), KeyeProcessor.from_settings(settings, ResolutionSettings())
+        model, processor = load_dual_encoder(export), SampleEncoder.from_settings(settings, ResolutionSettings())
         single = class_vectors(model, processor, [["a square"], ["one box"], ["a circle"]])
         both = class_vectors(model, processor, [["a square", "one box"], ["a circle"]])
         assert torch.allclose(both[0], torch.nn.functional.normalize(single[0] + single[1], dim=0), atol=1e-6)

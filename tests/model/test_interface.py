@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import keye_train.model.auto  # noqa: F401 (registers Keye)
-from keye_train.model import KeyeConfig, KeyeForConditionalGeneration, read_state
+from keye_train.model import KeyeConfig, KeyeForConditionalGeneration, KeyeProcessor, read_state
 from keye_train.model.loss import LMHead
 
 TOLERANCE = 5e-5
@@ -107,9 +107,6 @@ class TestAutoClasses:
 
 def test_from_a_folder_to_an_answer(start: Path) -> None:
     """Config, processor and model by their Auto classes, a conversation with a picture in, text out."""
-    pytest.importorskip("keye_train.model.processor")
-    from keye_train.model import KeyeProcessor
-
     processor = AutoProcessor.from_pretrained(start)
     assert type(processor) is KeyeProcessor
     model = AutoModelForImageTextToText.from_pretrained(start)
