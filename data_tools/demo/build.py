@@ -124,7 +124,7 @@ def plan_shards(scale: float, seed: int) -> list[ShardPlan]:
 
 
 def compose(plan: ShardPlan) -> Iterator[Draft]:
-    """The samples of one shard. Held-out samples differ from each other, held-out pairs also in their captions."""
+    """The samples of one shard. Held-out samples differ from each other."""
     rng = np.random.default_rng([plan.seed, zlib.crc32(f"{plan.split}/{plan.source}".encode()), plan.number])
     studio = Studio(load_assets(), plan.split, rng)
     seen: set[str] = set()
@@ -142,8 +142,6 @@ def compose(plan: ShardPlan) -> Iterator[Draft]:
 
 
 def _identity(draft: Draft) -> str:
-    if draft.task.startswith("pairs_"):
-        return draft.answer
     media = [hashlib.sha256(data).hexdigest() for data in draft.media.values()]
     return json.dumps([media or draft.parts])
 

@@ -1,6 +1,7 @@
-"""Stage 0's pairs: one picture and a caption with so many combinations of attributes that most captions are distinct.
+"""Stage 0's pairs: one picture and a caption.
 
-The contrastive loss treats every other caption of a batch as wrong, so captions that repeat would teach a falsehood.
+The contrastive loss treats every other caption of a batch as wrong, so most captions combine enough attributes to be
+distinct; single digits cannot.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from PIL import Image
 
 from data_tools.demo.canvas import COLOURS, INKS, LEAST_CONTRAST, PAPERS, contrast
 from data_tools.demo.studio import Draft, Studio
-from data_tools.demo.tasks_objects import GRIDS, on_grid, one_digit, place
+from data_tools.demo.tasks_objects import GRIDS, on_grid, one_digit, place, two_digits
 from data_tools.demo.tasks_words import (
     CAPTIONED,
     CHINESE_WORDS,
@@ -22,7 +23,6 @@ from data_tools.demo.tasks_words import (
     two_things_scene,
 )
 
-DIGIT_PAPERS = ("white", "yellow", "cyan")
 # Words for the rows and columns of a grid of two or three; the middle needs none.
 ROWS = {2: ("top", "bottom"), 3: ("top", "", "bottom")}
 COLUMNS = {2: ("left", "right"), 3: ("left", "", "right")}
@@ -71,14 +71,20 @@ def pairs_places(studio: Studio) -> Draft:
 
 
 def pairs_digits(studio: Studio) -> Draft:
-    """A digit scan with the colours of its ink and paper."""
-    # Few papers: where colours alone tell most captions apart, the digit itself is hardly learned.
-    ink, paper = studio.pick(INKS), studio.pick(DIGIT_PAPERS)
-    image, made_from = one_digit(studio, None, ink, studio.size(longest_aspect=1.5), paper)
-    number = NUMBERS[made_from["digits"][0]["digit"]]
-    made_from["paper"] = paper
-    words = studio.pick((f"{article(ink)} {number} on {paper}", f"the digit {number} in {ink} on {paper}"))
-    return _pair(studio, "digits", image, words, made_from)
+    """One digit scan, or two side by side.
+
+    The captions leave the colours out: named, they tell most pairs apart, and the digit itself is hardly learned.
+    """
+    if studio.chance(0.5):
+        image, made_from = one_digit(studio, None, studio.pick(INKS), studio.size(longest_aspect=1.5))
+        words = studio.pick(("the digit {}", "a handwritten {}"))
+    else:
+        image, made_from = two_digits(studio, studio.pick(INKS))
+        words = studio.pick(("a {} and a {}", "the digits {} and {}"))
+    numbers = [NUMBERS[digit["digit"]] for digit in made_from["digits"]]
+    draft = Draft("pairs_digits", [], words.format(*numbers), "exact", made_from=made_from)
+    draft.parts = [studio.photograph(draft, image, grey=True), studio.pick(DESCRIBE)]
+    return draft
 
 
 def pairs_words(studio: Studio) -> Draft:

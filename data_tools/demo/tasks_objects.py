@@ -43,6 +43,19 @@ def one_digit(
     return image, {"digits": [record], "backdrop": backdrop}
 
 
+def two_digits(studio: Studio, ink: str) -> tuple[Image.Image, dict[str, Any]]:
+    """Two digit scans side by side on one page, and their record."""
+    side = 2 * CELL
+    image, backdrop = studio.page((2 * side, side))
+    records = []
+    for left in (0, side):
+        index, scan, label = studio.scan()
+        box = (left + 1, 1, left + side - 1, side - 1)
+        draw_scan(image, scan, shade(ink, studio.rng), box, angle=float(studio.rng.uniform(-5, 5)))
+        records.append({"scan": index, "digit": label, "ink": ink, "box": list(box)})
+    return image, {"digits": records, "backdrop": backdrop}
+
+
 def shape(studio: Studio) -> Draft:
     """Colour and shape of one object."""
     thing = studio.thing()
