@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from keye_train.model.packed import IGNORE_INDEX, ContrastiveInputs, PackedInputs, VisionInputs
-from keye_train.model.positions import PATCH_SIZE
+from keye_train.model.positions import PATCH_SIZE, grid_tokens, sample_positions
 from keye_train.model.sample_encoder import EncodedPair, EncodedSample
 from keye_train.sample import SampleRef
 from keye_train.settings import ModelSettings
@@ -59,11 +59,43 @@ def collate_samples(samples: Sequence[EncodedSample], model: ModelSettings) -> P
     )
 
 
-def collate_pairs(pairs: Sequence[EncodedPair], model: ModelSettings) -> ContrastiveInputs:
-    """Images one behind another, captions as rows; no pair at all gives B = 0."""
+def collate_pairs(pairs: Sequence[EncodedPair], model: ModelSettings, captions: bool = False) -> ContrastiveInputs:
+    """Images one behind another, captions as rows; no pair at all gives B = 0.
+
+    Args:
+        captions: lay out the images' tokens and captions for the caption loss too.
+    """
     no_text = torch.empty(0, model.text_tower.max_tokens, dtype=torch.int64)
     text_ids = torch.stack([pair.text_ids for pair in pairs]) if pairs else no_text
-    return ContrastiveInputs(_vision(pairs), text_ids)
+    vision = _vision(pairs)
+    return ContrastiveInputs(vision, text_ids, _captions(pairs, vision) if captions else None)
+
+
+def _captions(pairs: Sequence[EncodedPair], vision: VisionInputs) -> PackedInputs:
+    """``[image tokens][caption tokens]`` of each pair, one behind another; the caption's tokens are the labels.
+
+    The decoder has no words for images: rows of image tokens hold id 0, which is replaced by the projector's output.
+    """
+    image = -1
+    ids, labels, positions = [], [], []
+    for pair in pairs:
+        tokens = grid_tokens(pair.grid_thw[0].tolist())
+        caption = pair.text_ids[: pair.caption_tokens]
+        ids.append(torch.cat([torch.full((tokens,), image), caption]))
+        labels.append(torch.cat([torch.full((tokens,), IGNORE_INDEX), caption]))
+        positions.append(
+            sample_positions(ids[-1], pair.grid_thw.tolist(), [0.0], image_pad_id=image, video_pad_id=image - 1)
+        )
+    no_ids = torch.empty(0, dtype=torch.int64)
+    packed = PackedInputs.build(
+        torch.cat([no_ids, *ids]),
+        torch.cat([no_ids, *labels]),
+        torch.cat([torch.empty(3, 0, dtype=torch.int64), *positions], dim=1),
+        [len(row) for row in ids],
+        vision,
+        (image, image),
+    )
+    return replace(packed, input_ids=packed.input_ids.clamp(min=0))
 
 
 def _vision(samples: Sequence[EncodedSample | EncodedPair]) -> VisionInputs:

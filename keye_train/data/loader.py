@@ -48,10 +48,11 @@ class ReadTask:
 class PackReader:
     """Reads packs. Goes into the reader processes, so it knows shards by path only, never the corpus."""
 
-    def __init__(self, processor: SampleEncoder, objective: Objective, max_tokens: int) -> None:
+    def __init__(self, processor: SampleEncoder, objective: Objective, max_tokens: int, captions: bool = False) -> None:
         self.processor = processor
         self.objective = objective
         self.max_tokens = max_tokens
+        self.captions = captions  # lay out pairs for the caption loss too
         self._shards = ShardReader()
 
     def __call__(self, tasks: tuple[ReadTask, ...]) -> LoadedPack:
@@ -71,7 +72,7 @@ class PackReader:
         model = self.processor.model
         pairs = self.objective == Objective.contrastive
         return LoadedPack(
-            inputs=collate_pairs(read, model) if pairs else collate_samples(read, model),
+            inputs=collate_pairs(read, model, self.captions) if pairs else collate_samples(read, model),
             refs=tuple(sample.ref for sample in read),
             tasks=tuple(sample.task for sample in read),
             skipped=tuple(skipped),
@@ -139,7 +140,9 @@ class Loader:
         self._plan, self._rank = plan, rank
         self._steps = self._planned_steps(world_size, settings.stage.steps, state)
         self._ahead: deque[_PlannedStep] = deque()
-        self._read = PackReader(processor, settings.stage.objective, settings.stage.max_tokens)
+        self._read = PackReader(
+            processor, settings.stage.objective, settings.stage.max_tokens, settings.stage.caption_weight > 0
+        )
         workers = settings.data.workers
         self._pool = ReaderPool(self._read, workers) if workers else None
         self._depth = 1 + (settings.data.prefetch_steps if workers else 0)

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keye_train.model.attention import Segments
+from keye_train.model.caption import CaptionDecoder
 from keye_train.model.configuration import KeyeConfig
 from keye_train.model.initialization import initialize_weights
 from keye_train.model.packed import ContrastiveInputs
 from keye_train.model.vision import Encoder, VisionTower
-from keye_train.settings import TextTowerSettings
+from keye_train.settings import CaptionDecoderSettings, TextTowerSettings
 
 TEXT_NORM_EPS = 1e-6
 INITIAL_LOGIT_SCALE = math.log(10.0)  # SigLIP paper, section 3.2: temperature 10 and bias -10
@@ -32,6 +33,7 @@ class ContrastiveOutput(NamedTuple):
     text_embeds: Tensor  # [B, C] float32, length 1
     logit_scale: Tensor  # [1] float32, logarithm of the temperature
     logit_bias: Tensor  # [1] float32
+    caption_losses: Tensor | None = None  # [B] float32: mean loss of each caption's tokens, with a caption decoder
 
 
 class TextEmbeddings(nn.Module):
@@ -74,36 +76,52 @@ class TextTower(nn.Module):
 
 
 class DualEncoder(nn.Module):
-    """Two towers. ``visual`` has the names that the language stages use; the rest stays behind after Stage 0."""
+    """Two towers, and a caption decoder where the stage has a caption loss.
 
-    def __init__(self, config: KeyeConfig, text: TextTowerSettings) -> None:
+    ``visual`` has the names that the language stages use; the rest stays behind after Stage 0.
+    """
+
+    def __init__(
+        self, config: KeyeConfig, text: TextTowerSettings, captions: CaptionDecoderSettings | None = None
+    ) -> None:
         """Random weights from torch's generator.
 
         Args:
             config: gives the shape of the vision tower; it is kept, with ``text_tower``, for the export.
             text: shape of the text tower.
+            captions: shape of the caption decoder; None: there is none.
         """
         super().__init__()
         self.config = KeyeConfig(**config.to_dict())
         self.config.architectures = ["DualEncoder"]
         self.config.text_tower = asdict(text)
+        self.config.caption_decoder = None if captions is None else asdict(captions)
         self.visual = VisionTower(config.vision)
         self.text_model = TextTower(text, config.vision.hidden_size)
         self.logit_scale = nn.Parameter(torch.tensor([INITIAL_LOGIT_SCALE]))
         self.logit_bias = nn.Parameter(torch.tensor([INITIAL_LOGIT_BIAS]))
         initialize_weights(self, config.initializer_range)
+        # Last, so that both towers begin alike with and without it.
+        self.caption_decoder: CaptionDecoder | None = None
+        if captions is not None:
+            self.caption_decoder = CaptionDecoder(captions, text.vocab_size, config.vision.hidden_size)
+            initialize_weights(self.caption_decoder, captions.initializer_range)
 
     def forward(self, inputs: ContrastiveInputs) -> ContrastiveOutput:
-        """Vectors of all pairs of a pack; at least one pair.
+        """Vectors of all pairs of a pack, at least one, and the losses of their captions where there is a decoder.
 
         The two scalars are handed out as copies: ZeRO-3 takes the parameters away again after this call.
         """
         hidden = self.visual(inputs.vision)
         images = self.visual.pool(hidden, inputs.vision)
         texts = self.text_model(inputs.text_ids)
+        captions = None
+        if self.caption_decoder is not None and inputs.captions is not None:
+            captions = self.caption_decoder(hidden, inputs.captions, len(inputs.text_ids))
         return ContrastiveOutput(
             F.normalize(images.float(), dim=-1),
             F.normalize(texts.float(), dim=-1),
             self.logit_scale.float().clone(),
             self.logit_bias.float().clone(),
+            captions,
         )

@@ -126,9 +126,12 @@ class ContrastiveInputs:
 
     vision: VisionInputs  # exactly one image for each caption, in the same order
     text_ids: Tensor  # [B, L] int64, right-padded to the text tower's max_tokens
+    captions: PackedInputs | None = None  # for the caption loss: sample i is image i and its caption
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> ContrastiveInputs:
         """Move every tensor that the device reads."""
-        return ContrastiveInputs(
-            self.vision.to(device, non_blocking), self.text_ids.to(device, non_blocking=non_blocking)
-        )
+        vision = self.vision.to(device, non_blocking)
+        captions = self.captions
+        if captions is not None:
+            captions = replace(captions, vision=vision).to(device, non_blocking)
+        return ContrastiveInputs(vision, self.text_ids.to(device, non_blocking=non_blocking), captions)

@@ -18,13 +18,15 @@ MODULE_PREFIXES = {
     "text_model.": "text_tower",
     "logit_scale": "text_tower",
     "logit_bias": "text_tower",
+    "caption_decoder.": "caption_decoder",
 }
 PACKING_TABLE = "visual.vision_model.embeddings.packing_position_embedding.weight"
 POOLING_HEAD = "visual.vision_model.head."
 
 
 def module_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Parameters of each module that a stage may train: vision, projector, language, text_tower.
+    """Parameters of each module that a stage may train: vision, projector, language, text_tower,
+    caption_decoder.
 
     What no loss reaches is left out, so it stays frozen and out of every optimizer: ``packing_position_embedding``
     always, and the pooling head in a model without a text tower. All others get a gradient from every pack.

@@ -24,7 +24,7 @@ from keye_train.model.configuration import KeyeConfig
 from keye_train.model.dual_encoder import DualEncoder
 from keye_train.model.keye import KeyeForConditionalGeneration
 from keye_train.runs import read_json, settle, write_json_atomic, write_text_atomic
-from keye_train.settings import TextTowerSettings
+from keye_train.settings import CaptionDecoderSettings, TextTowerSettings
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -144,7 +144,11 @@ def load_state(model: nn.Module, state: NamedTensors, gather: Gather = nullconte
 
 def setting_of(name: str) -> str:
     """The recipe setting that most likely decides the shape, or the presence, of a parameter."""
-    prefixes = {"visual.": "model.vision", "text_model.": "model.text_tower"}
+    prefixes = {
+        "visual.": "model.vision",
+        "text_model.": "model.text_tower",
+        "caption_decoder.": "model.caption_decoder",
+    }
     group = next((group for prefix, group in prefixes.items() if name.startswith(prefix)), "model.language")
     if "token_embedding" in name or "embed_tokens" in name or "lm_head" in name:
         return f"{group}.vocab_size and {group}.hidden_size"
@@ -214,7 +218,12 @@ def load_dual_encoder(folder: str | Path, dtype: torch.dtype | None = None) -> D
     if config.architectures != ["DualEncoder"]:
         raise ValueError(f"{folder} is not an export of Stage 0: its config.json has no text_tower")
     with torch.device("meta"):
-        model = DualEncoder(config, TextTowerSettings(**config.text_tower))
+        decoder = getattr(config, "caption_decoder", None)
+        model = DualEncoder(
+            config,
+            TextTowerSettings(**config.text_tower),
+            None if decoder is None else CaptionDecoderSettings(**decoder),
+        )
     model = model.to(config.dtype).to_empty(device="cpu")
     filled = load_state(model, read_state(folder))
     require_all(model, filled, str(folder), allowed=lambda name: False)

@@ -66,6 +66,7 @@ class EncodedPair:
     pixel_patches: Tensor  # [P, 3, 14, 14] uint8
     grid_thw: Tensor  # [1, 3] int64, in patches
     text_ids: Tensor  # [max_tokens] int64, right-padded
+    caption_tokens: int  # of text_ids: the words and the first pad token, which ends them, where there is room for one
 
 
 class SampleEncoder:
@@ -151,7 +152,18 @@ class SampleEncoder:
             raise SampleError(f"a caption pair needs exactly one image and nothing else, this has {len(media)} media")
         patches, grid = decode_image(media[0][1], self.resolution)
         text_ids = self.text_ids([caption])[0]
-        return EncodedPair(sample.ref, sample.task, torch.from_numpy(patches), torch.tensor([grid]), text_ids)
+        return EncodedPair(
+            sample.ref,
+            sample.task,
+            torch.from_numpy(patches),
+            torch.tensor([grid]),
+            text_ids,
+            self._through_first_pad(text_ids),
+        )
+
+    def _through_first_pad(self, text_ids: Tensor) -> int:
+        words = int((text_ids == self.text_tokenizer.pad_token_id).int().cumsum(0).eq(0).sum())
+        return min(words + 1, len(text_ids))
 
     def text_ids(self, captions: Sequence[str]) -> Tensor:
         """Captions for the text tower: [B, max_tokens] int64, cut or padded on the right."""

@@ -24,6 +24,7 @@ from keye_train.settings import ModelSettings
 
 NEW_IN_KEYE = "mlp_AR."  # neither SigLIP nor Qwen3 has a projector: it starts random, and Stage 1 trains it
 TEXT_TOWER = ("text_model.", "logit_scale", "logit_bias")
+CAPTION_DECODER = "caption_decoder."
 BARE_TOWER = ("embeddings.", "encoder.", "post_layernorm.", "head.")  # of a SiglipVisionModel saved on its own
 COMPUTED = (".position_ids", ".rotary_emb.inv_freq")  # older versions of transformers wrote these buffers
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -75,15 +76,21 @@ def initial_model(
     return model
 
 
-def initial_dual_encoder(settings: ModelSettings, seed: int, dtype: torch.dtype = torch.float32) -> DualEncoder:
+def initial_dual_encoder(
+    settings: ModelSettings, seed: int, dtype: torch.dtype = torch.float32, captions: bool = False
+) -> DualEncoder:
     """The two towers that Stage 0 starts from, on the CPU.
+
+    Args:
+        captions: with a caption decoder, drawn.
 
     Raises:
         FileNotFoundError, ValueError: as ``initial_model``.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DualEncoder(keye_config(settings), settings.text_tower).to(dtype)
+        decoder = settings.caption_decoder if captions else None
+        model = DualEncoder(keye_config(settings), settings.text_tower, decoder).to(dtype)
     siglip = settings.start.siglip
     filled = set() if siglip is None else load_state(model, siglip_towers(siglip, with_text=True))
     _require_sources(model, filled, [] if siglip is None else [siglip], settings)
@@ -188,8 +195,9 @@ def without_tied_head(state: NamedTensors, source: str, dropped: list[str] | Non
 
 
 def _export_weights(export: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Weights of any stage's export; the text tower of Stage 0 stays behind."""
-    return ((name, tensor) for name, tensor in read_state(export) if not name.startswith(TEXT_TOWER))
+    """Weights of any stage's export; the text tower and caption decoder of Stage 0 stay behind."""
+    left = (*TEXT_TOWER, CAPTION_DECODER)
+    return ((name, tensor) for name, tensor in read_state(export) if not name.startswith(left))
 
 
 def _has_language_model(export: str | Path) -> bool:
@@ -202,7 +210,8 @@ def _require_sources(model: nn.Module, filled: set[str], sources: list[str], set
 
     def may_stay(name: str) -> bool:
         drawn = _part(name) not in parts_with_source
-        return name == PACKING_TABLE or (drawn and (settings.start.random or name.startswith(NEW_IN_KEYE)))
+        new = name.startswith((NEW_IN_KEYE, CAPTION_DECODER))
+        return name == PACKING_TABLE or (drawn and (settings.start.random or new))
 
     if settings.start.random or sources:
         require_all(model, filled, " and ".join(sources), may_stay)

@@ -11,6 +11,7 @@ Units stand in the names: ``_tokens`` are tokens of the language model (one toke
 from keye_train.settings.basics import MODULES, MergeMethod, Objective, Precision, ScheduleShape, SettingsError
 from keye_train.settings.data import DataSettings, ResolutionSettings, SourceSettings, VideoBackend, ZeroshotSettings
 from keye_train.settings.model import (
+    CaptionDecoderSettings,
     LanguageModelSettings,
     ModelSettings,
     SpecialTokenSettings,
@@ -39,6 +40,7 @@ from keye_train.settings.training import (
 
 __all__ = [
     "MODULES",
+    "CaptionDecoderSettings",
     "CheckpointSettings",
     "DataSettings",
     "DeepSpeedSettings",

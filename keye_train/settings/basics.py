@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-MODULES = ("vision", "projector", "language", "text_tower")
+MODULES = ("vision", "projector", "language", "text_tower", "caption_decoder")
 
 
 class SettingsError(ValueError):

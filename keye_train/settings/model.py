@@ -68,6 +68,22 @@ class TextTowerSettings:
 
 
 @dataclass
+class CaptionDecoderSettings:
+    """Shape of the small language model that reads captions in Stage 0 where ``stage.caption_weight`` is not 0.
+
+    It has a projector of its own and the vocabulary of the text tower.
+    """
+
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 12
+    num_key_value_heads: int = 12
+    rope_theta: float = 10_000.0
+    initializer_range: float = 0.02
+
+
+@dataclass
 class StartWeightsSettings:
     """Where the first weights come from when a stage has no parent."""
 
@@ -90,6 +106,7 @@ class ModelSettings:
     language: LanguageModelSettings = field(default_factory=LanguageModelSettings)
     special_tokens: SpecialTokenSettings = field(default_factory=SpecialTokenSettings)
     text_tower: TextTowerSettings = field(default_factory=TextTowerSettings)
+    caption_decoder: CaptionDecoderSettings = field(default_factory=CaptionDecoderSettings)
     start: StartWeightsSettings = field(default_factory=StartWeightsSettings)
 
 

@@ -17,6 +17,7 @@ class ModuleRateSettings:
     projector: float | None = None
     language: float | None = None
     text_tower: float | None = None
+    caption_decoder: float | None = None
 
 
 @dataclass
@@ -57,7 +58,7 @@ class StageSettings:
     name: str
     objective: Objective
     trainable: list[str]
-    """Modules that train (vision, projector, language, text_tower); everything else is frozen."""
+    """Modules that train (vision, projector, language, text_tower, caption_decoder); everything else is frozen."""
     mixture: str
     """Name of a mixture of the data recipe."""
     steps: int
@@ -69,6 +70,8 @@ class StageSettings:
     """Packs of one optimizer step over all ranks; accumulation = global_batch_packs / world size."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    caption_weight: float = 0.0
+    """Stage 0: weight of the caption loss beside the contrastive one (Kimi-VL: 2); 0: no caption decoder."""
     activation_checkpointing: bool = False
     compile_layers: bool = False
     """Compile each layer with torch.compile: a minute at the start, fewer passes over memory afterwards."""
@@ -174,6 +177,10 @@ class TrainSettings:
         return packs // world_size
 
 
+def _decoder_hint(module: str) -> str:
+    return "; captions are read where stage.caption_weight > 0" if module == "caption_decoder" else ""
+
+
 def _check_stage(stage: StageSettings, data: DataSettings) -> None:
     if not stage.trainable:
         raise SettingsError(f"stage.trainable is empty: name at least one of {MODULES}")
@@ -183,12 +190,21 @@ def _check_stage(stage: StageSettings, data: DataSettings) -> None:
     for name, rate in vars(stage.optimizer.module_lr).items():
         if rate is not None and name not in stage.trainable:
             raise SettingsError(f"stage.optimizer.module_lr.{name} has no effect: '{name}' is not in stage.trainable")
-    allowed = ("vision", "text_tower") if stage.objective == Objective.contrastive else MODULES[:3]
+    allowed: tuple[str, ...] = MODULES[:3]
+    if stage.objective == Objective.contrastive:
+        allowed = ("vision", "text_tower", "caption_decoder") if stage.caption_weight else ("vision", "text_tower")
+    elif stage.caption_weight:
+        raise SettingsError(
+            f"stage.caption_weight={stage.caption_weight} has no effect with objective={stage.objective.value}: set it "
+            "to 0, it belongs to the contrastive Stage 0"
+        )
+    if stage.caption_weight < 0:
+        raise SettingsError(f"stage.caption_weight={stage.caption_weight} must not be negative")
     for name in stage.trainable:
         if name not in allowed:
             raise SettingsError(
                 f"stage.trainable has '{name}', which objective={stage.objective.value} does not use: "
-                f"choose from {allowed}"
+                f"choose from {allowed}" + _decoder_hint(name)
             )
     if stage.mixture not in data.mixtures:
         raise SettingsError(

@@ -58,7 +58,11 @@ def build_objective(settings: TrainSettings) -> TrainingObjective:
     if stage.objective == Objective.contrastive:
         if settings.parent is not None:
             raise SettingsError(f"parent={settings.parent}: {stage.name} starts from model.start; drop parent")
-        objective = ContrastiveObjective(initial_dual_encoder(settings.model, settings.seed), precision)
+        objective = ContrastiveObjective(
+            initial_dual_encoder(settings.model, settings.seed, captions=settings.stage.caption_weight > 0),
+            precision,
+            settings.stage.caption_weight,
+        )
     else:
         parent = None if settings.parent is None else runs.export_dir(settings.parent)
         if parent is not None:
@@ -130,7 +134,8 @@ def trainable_parameter_counts(settings: TrainSettings, meta: bool = True) -> di
         config = keye_config(settings.model)
         model: nn.Module
         if settings.stage.objective == Objective.contrastive:
-            model = DualEncoder(config, settings.model.text_tower)
+            decoder = settings.model.caption_decoder if settings.stage.caption_weight else None
+            model = DualEncoder(config, settings.model.text_tower, decoder)
         else:
             model = KeyeForConditionalGeneration(config)
     freeze(model, settings.stage)

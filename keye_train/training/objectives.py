@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from keye_train.model.contrastive import siglip_loss_distributed
 from keye_train.model.dual_encoder import DualEncoder
 from keye_train.model.keye import KeyeForConditionalGeneration
-from keye_train.model.packed import ContrastiveInputs, PackedInputs
+from keye_train.model.packed import IGNORE_INDEX, ContrastiveInputs, PackedInputs, VisionInputs
 from keye_train.model.vision import placeholder_image
 from keye_train.settings import Precision
 
@@ -46,25 +46,31 @@ class LanguageObjective(nn.Module):
 
 
 class ContrastiveObjective(nn.Module):
-    """SigLIP loss of each image against the captions of all ranks in the same micro-step.
+    """SigLIP loss of each image against the captions of all ranks in the same micro-step; by recipe a caption loss too.
 
     Which captions are an image's negatives therefore depends on the number of ranks: here, unlike in the language
     objective, another world size gives other losses.
     """
 
-    figures: tuple[str, ...] = ("retrieved",)
-
-    def __init__(self, model: DualEncoder, precision: Precision) -> None:
+    def __init__(self, model: DualEncoder, precision: Precision, caption_weight: float = 0.0) -> None:
+        """``caption_weight``: of each pair's mean caption loss, added to its contrastive loss (Kimi-VL, 2.1: 2)."""
         super().__init__()
         self.model = model
         self.precision = precision
+        self.caption_weight = caption_weight
+        self.figures: tuple[str, ...] = ("retrieved", "caption_loss") if caption_weight else ("retrieved",)
 
     def forward(self, inputs: ContrastiveInputs) -> tuple[Tensor, Figures]:
-        """Losses [B] float32; ``retrieved``: images whose own caption is the most similar of this pack's captions."""
+        """Losses [B] float32, and sums over the pack's pairs.
+
+        ``retrieved``: images whose own caption is the most similar of this pack's captions; ``caption_loss``: the
+        caption losses without their weight.
+        """
         pairs = len(inputs.text_ids)
         if not pairs:  # every rank must run the same collectives, so both towers run on something that is cut off below
             text_ids = torch.zeros(1, inputs.text_ids.shape[1], dtype=torch.int64, device=inputs.text_ids.device)
-            inputs = ContrastiveInputs(placeholder_image(text_ids), text_ids)
+            image = placeholder_image(text_ids)
+            inputs = ContrastiveInputs(image, text_ids, _placeholder_caption(image) if self.caption_weight else None)
         with autocast(self.precision, inputs.text_ids.device):
             output = self.model(inputs)
         images, texts = output.image_embeds[:pairs], output.text_embeds[:pairs]
@@ -72,11 +78,37 @@ class ContrastiveObjective(nn.Module):
         with torch.no_grad():
             nearest = (images @ texts.T).argmax(dim=1) if pairs else torch.empty(0, device=images.device)
             retrieved = (nearest == torch.arange(pairs, device=images.device)).sum()
-        return losses, {"retrieved": retrieved}
+        figures = {"retrieved": retrieved}
+        if output.caption_losses is not None:
+            captions = output.caption_losses[:pairs]
+            losses = losses + self.caption_weight * captions
+            figures["caption_loss"] = captions.detach().sum()
+        return losses, figures
 
     def item_samples(self, inputs: ContrastiveInputs) -> Tensor:
         """Number of the sample that each item belongs to: [B] int64."""
         return torch.arange(len(inputs.text_ids))
+
+
+def _placeholder_caption(image: VisionInputs) -> PackedInputs:
+    """One image token and one caption token for a rank without pairs."""
+    device = image.pixel_patches.device
+
+    def numbers(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return PackedInputs(
+        input_ids=numbers(0, 0),
+        labels=numbers(IGNORE_INDEX, 0),
+        position_ids=numbers(0, 1).expand(3, 2),
+        cu_seqlens=numbers(0, 2, dtype=torch.int32),
+        max_seqlen=2,
+        vision=image,
+        vision_rows=numbers(0),
+        loss_rows=numbers(0),
+        loss_targets=numbers(0),
+        loss_samples=numbers(0),
+    )
 
 
 TrainingObjective = LanguageObjective | ContrastiveObjective

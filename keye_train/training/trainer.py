@@ -233,6 +233,8 @@ class Trainer:
         if self.stage.objective == Objective.contrastive:
             row["pairs"] = row.pop("labelled_tokens")
             row["retrieval_accuracy"] = totals["retrieved"] / max(counts.items, 1)
+            if self.stage.caption_weight:
+                row["caption_loss"] = totals["caption_loss"] / max(counts.items, 1)
             row["logit_scale"] = math.exp(float(self.engine.full_parameter("logit_scale")))
         return row
 

@@ -93,7 +93,7 @@ def test_pooling_equals_torch_attention() -> None:
 
 def test_every_trainable_parameter_gets_a_gradient() -> None:
     model = build()
-    siglip_loss(*model(pairs())).sum().backward()
+    siglip_loss(*model(pairs())[:4]).sum().backward()
     modules = module_parameters(model)
     assert set(modules) == {"vision", "text_tower"}
     for name, parameter in (pair for group in modules.values() for pair in group):

@@ -13,10 +13,14 @@ from keye_train.settings import Precision
 from keye_train.training.build import build_objective
 from keye_train.training.trainer import weighted_sum
 
+CAPTIONS = ("stage.caption_weight=2", "stage.trainable=[vision,text_tower,caption_decoder]")
 
-@pytest.mark.parametrize("stage", ["0_vision", "2_multitask"])
-def test_an_empty_pack_gives_zero_gradients_everywhere(toy_corpus: ToyCorpus, tmp_path: Path, stage: str) -> None:
-    recipe = toy_corpus.settings(stage, tmp_path)
+
+@pytest.mark.parametrize(("stage", "more"), [("0_vision", ()), ("0_vision", CAPTIONS), ("2_multitask", ())])
+def test_an_empty_pack_gives_zero_gradients_everywhere(
+    toy_corpus: ToyCorpus, tmp_path: Path, stage: str, more: tuple[str, ...]
+) -> None:
+    recipe = toy_corpus.settings(stage, tmp_path, *more)
     objective = build_objective(recipe)
     empty = collate_pairs([], recipe.model) if stage == "0_vision" else collate_samples([], recipe.model)
     losses, figures = objective(empty)

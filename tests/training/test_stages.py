@@ -65,6 +65,18 @@ def test_compiled_layers_train_alike(toy_corpus: ToyCorpus, tmp_path: Path) -> N
     assert [row["loss"] for row in compiled] == pytest.approx([row["loss"] for row in plain], rel=1e-4)
 
 
+def test_stage_0_can_read_captions_too(toy_corpus: ToyCorpus, stage0: Path, tmp_path: Path) -> None:
+    """The caption loss is added with its weight, and its decoder stays behind when the next stage takes the tower."""
+    more = ("stage.max_tokens=48", "stage.caption_weight=2", "stage.trainable=[vision,text_tower,caption_decoder]")
+    assert train(toy_corpus.settings("0_vision", tmp_path / "0", *more)) == 0
+    rows, plain = (runs.read_jsonl(folder / runs.METRICS) for folder in (tmp_path / "0", stage0))
+    assert rows[0]["loss"] == pytest.approx(plain[0]["loss"] + 2 * rows[0]["caption_loss"], rel=1e-3)
+    assert rows[-1]["caption_loss"] < rows[0]["caption_loss"]
+    assert any(name.startswith("caption_decoder.") for name in weights(tmp_path / "0"))
+    assert train(toy_corpus.settings("1_align", tmp_path / "1", f"parent={tmp_path / '0'}", "stage.steps=1")) == 0
+    assert not any(name.startswith("caption_decoder.") for name in weights(tmp_path / "1"))
+
+
 def test_stage_1_takes_the_tower_and_trains_the_projector_only(stage0: Path, stage1: Path) -> None:
     before, after = weights(stage0), weights(stage1)
     tower = [name for name in before if name.startswith("visual.")]
