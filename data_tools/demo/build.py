@@ -59,6 +59,7 @@ MAKERS: dict[str, Callable[[Studio], Draft]] = {
     "video": tasks_video.video,
     "pairs_objects": pairs.pairs_objects,
     "pairs_places": pairs.pairs_places,
+    "pairs_counts": pairs.pairs_counts,
     "pairs_digits": pairs.pairs_digits,
     "pairs_words": pairs.pairs_words,
     "pairs_photos": pairs.pairs_photos,
@@ -75,12 +76,20 @@ TRAIN_SAMPLES = {
     "video": 1200,
     "pairs_objects": 4500,
     "pairs_places": 5000,
+    "pairs_counts": 4000,
     "pairs_digits": 6000,
-    "pairs_words": 1200,
+    "pairs_words": 4000,
     "pairs_photos": 500,
 }
 HELDOUT_SAMPLES = 120  # of each task
-HELDOUT_PAIRS = {"pairs_objects": 78, "pairs_places": 50, "pairs_digits": 72, "pairs_words": 30, "pairs_photos": 10}
+HELDOUT_PAIRS = {
+    "pairs_objects": 58,
+    "pairs_places": 40,
+    "pairs_counts": 30,
+    "pairs_digits": 72,
+    "pairs_words": 30,
+    "pairs_photos": 10,
+}
 LEAST_SAMPLES = 16  # of a task, however small the scale
 
 

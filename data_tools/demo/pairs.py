@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_tools.demo.canvas import COLOURS, INKS, LEAST_CONTRAST, PAPERS, contrast
 from data_tools.demo.studio import Draft, Studio
-from data_tools.demo.tasks_objects import GRIDS, on_grid, one_digit, place, two_digits
+from data_tools.demo.tasks_objects import GRIDS, on_grid, one_digit, place, plural, some_things, two_digits
 from data_tools.demo.tasks_words import (
     CAPTIONED,
     CHINESE_WORDS,
@@ -70,6 +70,14 @@ def pairs_places(studio: Studio) -> Draft:
     return _pair(studio, "places", image, " and ".join(words), record)
 
 
+def pairs_counts(studio: Studio) -> Draft:
+    """One to five objects of one shape."""
+    image, made_from, name = some_things(studio)
+    number = len(made_from["objects"])
+    words = article(name) if number == 1 else f"{NUMBERS[number]} {plural(name)}"
+    return _pair(studio, "counts", image, words, made_from)
+
+
 def pairs_digits(studio: Studio) -> Draft:
     """One digit scan, or two side by side.
 
@@ -88,13 +96,13 @@ def pairs_digits(studio: Studio) -> Draft:
 
 
 def pairs_words(studio: Studio) -> Draft:
-    """A rendered word with the colours of its ink and paper."""
-    ink, paper = studio.pick(INKS), studio.pick(tuple(PAPERS))
+    """A rendered word; as with digits, colours are left out of the caption."""
     word = studio.pick(CHINESE_WORDS if studio.chance(0.33) else LATIN_WORDS)
-    image, made_from = render_word(studio, word, ink, paper)
-    made_from["paper"] = paper
-    words = studio.pick(("the word {word} in {ink} on {paper}", "{word} in {ink} on {paper}"))
-    draft = _pair(studio, "words", image, words.format(word=word, ink=ink, paper=paper), made_from)
+    image, made_from = render_word(studio, word, studio.pick(INKS))
+    draft = Draft(
+        "pairs_words", [], studio.pick(("the word {}", "{} in letters")).format(word), "exact", made_from=made_from
+    )
+    draft.parts = [studio.photograph(draft, image, grey=True), studio.pick(DESCRIBE)]
     draft.extra["language"] = "zh" if word in CHINESE_WORDS else "en"
     return draft
 

@@ -73,8 +73,12 @@ def digit(studio: Studio) -> Draft:
     return draft
 
 
-def count(studio: Studio) -> Draft:
-    """How many objects: one to five, alike or of several colours, on a 3 x 3 grid."""
+def some_things(studio: Studio) -> tuple[Image.Image, dict[str, Any], str]:
+    """One to five objects of one shape, alike or of several colours, on a 3 x 3 grid.
+
+    Returns:
+        The picture, its record, and a name that fits each of them, e.g. ``red circle`` or ``circle``.
+    """
     number = int(studio.rng.integers(1, COUNT_MAX + 1))
     kind = studio.thing()
     mixed = studio.chance(0.2)
@@ -87,9 +91,19 @@ def count(studio: Studio) -> Draft:
         left, top = cell % 3 * CELL, cell // 3 * CELL
         box = (left + margin, top + margin, left + CELL - margin, top + CELL - margin)
         drawn.append(thing.draw(image, box, outline=mixed or "photo" in backdrop))
-    draft = Draft("count", [], str(number), "exact", made_from={"objects": drawn, "backdrop": backdrop})
-    noun = kind.shape + ("es" if kind.shape == "cross" else "s")
-    draft.parts = [studio.photograph(draft, image), f"How many {noun}?"]
+    return image, {"objects": drawn, "backdrop": backdrop}, kind.shape if mixed else kind.name
+
+
+def plural(noun: str) -> str:
+    """More than one of a shape."""
+    return noun + ("es" if noun.endswith("cross") else "s")
+
+
+def count(studio: Studio) -> Draft:
+    """How many objects there are."""
+    image, made_from, _ = some_things(studio)
+    draft = Draft("count", [], str(len(made_from["objects"])), "exact", made_from=made_from)
+    draft.parts = [studio.photograph(draft, image), f"How many {plural(made_from['objects'][0]['shape'])}?"]
     return draft
 
 
