@@ -127,6 +127,17 @@ def check_model(model: ModelSettings) -> None:
             f"model.vision.hidden_size={vision.hidden_size} must be a multiple of 4 x num_attention_heads="
             f"{vision.num_attention_heads * 4}: 2D RoPE splits each head into row and column pairs"
         )
+    decoder = model.caption_decoder
+    if decoder.hidden_size % (8 * decoder.num_attention_heads):  # head widths in eighths: the three axes of RoPE
+        raise SettingsError(
+            f"model.caption_decoder.hidden_size={decoder.hidden_size} must be a multiple of 8 * num_attention_heads="
+            f"{8 * decoder.num_attention_heads}"
+        )
+    if decoder.num_attention_heads % decoder.num_key_value_heads:
+        raise SettingsError(
+            f"model.caption_decoder.num_attention_heads={decoder.num_attention_heads} must be a multiple of "
+            f"num_key_value_heads={decoder.num_key_value_heads}"
+        )
     if text.hidden_size % text.num_attention_heads:
         raise SettingsError(
             f"model.text_tower.hidden_size={text.hidden_size} must be a multiple of num_attention_heads="

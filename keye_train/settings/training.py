@@ -198,6 +198,11 @@ def _check_stage(stage: StageSettings, data: DataSettings) -> None:
             f"stage.caption_weight={stage.caption_weight} has no effect with objective={stage.objective.value}: set it "
             "to 0, it belongs to the contrastive Stage 0"
         )
+    if stage.caption_weight > 0 and "caption_decoder" not in stage.trainable:
+        raise SettingsError(
+            f"stage.caption_weight={stage.caption_weight} with a frozen decoder teaches noise: add caption_decoder to "
+            f"stage.trainable ({stage.trainable})"
+        )
     if stage.caption_weight < 0:
         raise SettingsError(f"stage.caption_weight={stage.caption_weight} must not be negative")
     for name in stage.trainable:
