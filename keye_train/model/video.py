@@ -48,7 +48,7 @@ class DecodedVideo:
 
 
 def probe_video(data: VideoFile) -> MediaInfo:
-    """Size, true number of frames and true average rate of a video; decodes one frame.
+    """Size, true number of shown frames and their true average rate; decodes up to the first shown frame.
 
     Raises:
         SampleError: not a video, broken, empty, or with frames above ``MAX_FRAME_PIXELS``.
@@ -147,7 +147,10 @@ def _cut(frames: Iterable[Image.Image], request: MediaRequest, times_s: list[flo
 
 @dataclass
 class Video:
-    """A demuxed video. Positions count shown packets in decoding order; frames count them in order of presentation."""
+    """A demuxed video. Positions count packets in decoding order; frames count the shown ones in order of presentation.
+
+    Packets that the edit list of an MP4 discards are not shown: the decoder needs them and gives no frames for them.
+    """
 
     data: VideoFile
     context: av.VideoCodecContext
@@ -158,7 +161,8 @@ class Video:
     turned: bool  # a display matrix turns the frames
 
     def __post_init__(self) -> None:
-        self.order = sorted(range(len(self.times)), key=self.times.__getitem__)
+        shown = [position for position, packet in enumerate(self.packets) if not packet.is_discard]
+        self.order = sorted(shown, key=self.times.__getitem__)
         """[frames] position of each frame."""
         first = self.times[self.order[0]]
         self.seconds = [(self.times[position] - first) * self.seconds_per_tick for position in self.order]
@@ -208,7 +212,7 @@ class Video:
 
 @contextmanager
 def open_video(data: VideoFile) -> Iterator[Video]:
-    """Demux a video and decode its first frame; FFmpeg's errors within the block become SampleError.
+    """Demux a video and decode its first shown frame; FFmpeg's errors within the block become SampleError.
 
     Raises:
         SampleError: not a video, broken, empty, or with frames above ``MAX_FRAME_PIXELS``.
@@ -227,10 +231,13 @@ def open_video(data: VideoFile) -> Iterator[Video]:
                 raise SampleError("video of an unknown codec")
             context.thread_count = 1
             packets = [packet for packet in container.demux(stream) if packet.size]
-            fps = _frame_rate(stream, packets)
+            shown = [packet for packet in packets if not packet.is_discard]
+            if not shown:
+                raise SampleError("broken video: no frame is shown")
+            fps = _frame_rate(stream, shown)
             times, tick = _presentation_times(packets, float(stream.time_base or 0), fps)
             width, height, turned = _upright_size(context, packets)
-            info = MediaInfo(MediaKind.video, width, height, len(packets), fps)
+            info = MediaInfo(MediaKind.video, width, height, len(shown), fps)
             yield Video(data, context, packets, times, tick, info, turned)
         except av.FFmpegError as error:
             raise SampleError(f"broken video: {error.strerror}") from error

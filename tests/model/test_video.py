@@ -242,6 +242,36 @@ def test_only_groups_with_a_wanted_frame_are_decoded() -> None:
         assert video._runs([6, 8]) == [(5, 9)]
 
 
+def cut_by_edit_list(data: bytes, skipped: int) -> bytes:
+    """Copy an MP4 with its first frames moved before time 0, as cutting without encoding does."""
+    buffer = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(buffer, "w", format="mp4") as output:
+        stream = source.streams.video[0]
+        copied = output.add_stream_from_template(stream)
+        packets = [packet for packet in source.demux(stream) if packet.size]
+        shift = skipped * packets[0].duration
+        for packet in packets:
+            packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copied
+            output.mux(packet)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("backend", ["pyav", "torchcodec"])
+@pytest.mark.parametrize("key_every", [250, 8])
+def test_frames_that_an_edit_list_hides_are_not_counted_or_shown(key_every: int, backend: str) -> None:
+    if backend == "torchcodec" and torchcodec_error() is not None:
+        pytest.skip(f"torchcodec: {torchcodec_error()}")
+    data = cut_by_edit_list(video_bytes(flat_frames(30), fps=10, key_every=key_every), skipped=18)
+    info = probe_video(data)
+    assert (info.frames, info.fps) == (12, pytest.approx(10))
+    for options in (MediaOptions(), MediaOptions(video_start=0.5)):
+        video = decode_video(data, resolution(5.0), options, VideoBackend(backend))
+        indices = MediaRequest.of(info, resolution(5.0), options).frame_indices
+        levels = [round(float(step.mean()) / 8) for step in np.split(video.patches, video.grid[0])]
+        assert levels == [18 + index for index in indices]
+        assert video.times_s == pytest.approx([index / 10 for index in indices])
+
+
 # ------------------------------------------------------------------------------------------------ torchcodec
 
 
