@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -22,6 +22,18 @@ from keye_train.settings import ResolutionSettings
 _FIXED = {"patch_size": PATCH_SIZE, "temporal_patch_size": 1, "merge_size": MERGE_SIZE}
 
 
+class ImageOptions(TypedDict, total=False):
+    """What ``from_pretrained`` takes in place of the values of ``preprocessor_config.json``."""
+
+    min_pixels: int
+    max_pixels: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
+
+
 class KeyeImageProcessor(ImageProcessingMixin):
     """Pictures -> ``pixel_values`` [N, 3, 14, 14] float32 in raster order, and ``image_grid_thw`` [images, 3] int64.
 
@@ -34,6 +46,7 @@ class KeyeImageProcessor(ImageProcessingMixin):
         ValueError: a value that Keye does not have.
     """
 
+    valid_kwargs = ImageOptions  # transformers' name: the options of ``from_pretrained``
     model_input_names = ["pixel_values", "image_grid_thw"]  # noqa: RUF012  # the name and type of the base class
 
     def __init__(

@@ -20,7 +20,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from keye_train.model import published_pixels
 from keye_train.model.chat import CHAT_TEMPLATE, chat_text, encode_conversation, text_token_count
-from keye_train.model.image_processor import KeyeImageProcessor
+from keye_train.model.image_processor import ImageOptions, KeyeImageProcessor
 from keye_train.model.media import read_video
 from keye_train.model.media_options import (
     OPTION_NAMES,
@@ -45,6 +45,10 @@ from keye_train.model.published import DEFAULT_FPS
 from keye_train.model.video_torchcodec import checked_backend
 from keye_train.sample import MediaInfo, MediaKind, SampleError
 from keye_train.settings import ResolutionSettings, VideoBackend
+
+# Options of from_pretrained that say where files are, and those of the processor itself; others are the tokenizer's.
+_FILES = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
+_OWN = {"image_processor", "tokenizer", "chat_template", "video", "video_backend", "return_unused_kwargs"}
 
 
 class KeyeProcessor(ProcessorMixin):
@@ -112,9 +116,20 @@ class KeyeProcessor(ProcessorMixin):
     ) -> list[Any]:
         # The published folder names classes that are code of that folder; ours are loaded instead of them.
         kwargs.pop("trust_remote_code", None)
-        images = KeyeImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **kwargs)
+        of_images = {name: kwargs[name] for name in _FILES | set(ImageOptions.__annotations__) if name in kwargs}
+        of_tokenizer = {name: kwargs[name] for name in kwargs if name in _FILES or name not in {*of_images, *_OWN}}
+        images = KeyeImageProcessor.from_pretrained(pretrained_model_name_or_path, **of_images)
+        tokenizer = AutoTokenizer.from_pretrained(
+            pretrained_model_name_or_path, trust_remote_code=False, **of_tokenizer
+        )
         return [images, tokenizer]
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The second half of ``from_pretrained``: limits in ``video`` replace those of the folder one by one."""
+        if kwargs.get("video") is not None:
+            kwargs["video"] = {**(processor_dict.get("video") or {}), **kwargs["video"]}
+        return super().from_args_and_dict(args, processor_dict, **kwargs)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Write the files that the published folder has, and ``processor_config.json`` with the limits of videos.

@@ -18,8 +18,9 @@ from toy_inputs import flat_frames, image_bytes, synthetic_image, toy_model_sett
 
 from keye_train.model import IGNORE_INDEX, KeyeImageProcessor, KeyeProcessor
 from keye_train.model.sample_encoder import SampleEncoder
+from keye_train.model.video_torchcodec import checked_backend
 from keye_train.sample import Sample, SampleError, SampleRef
-from keye_train.settings import ResolutionSettings
+from keye_train.settings import ResolutionSettings, VideoBackend
 
 SMALL = ResolutionSettings(
     image_min_tokens=1, image_max_tokens=12, video_frame_min_tokens=1, video_frame_max_tokens=4, video_max_tokens=32
@@ -109,6 +110,28 @@ def test_it_is_saved_and_loaded_with_everything(processor: KeyeProcessor, tmp_pa
     messages = user(image(), video(), text("which?"))
     for name, values in encode(processor, messages).items():
         assert encode(loaded, messages)[name].equal(values), name
+
+
+def test_options_of_loading_reach_the_part_that_they_are_for(processor: KeyeProcessor, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    loaded = KeyeProcessor.from_pretrained(
+        tmp_path, max_pixels=4 * 784, use_fast=True, padding_side="left", video={"fps": 1.0}, video_backend="auto"
+    )
+    assert loaded.image_processor.max_pixels == 4 * 784
+    assert loaded.image_processor.min_pixels == processor.image_processor.min_pixels
+    assert loaded.tokenizer.padding_side == "left"
+    assert not {"max_pixels", "video", "video_backend"} & set(loaded.tokenizer.init_kwargs)
+    assert loaded.video == {**processor.video, "fps": 1.0}
+    assert loaded.backend == checked_backend(VideoBackend.auto)
+    grid = encode(loaded, user(image(synthetic_image(280, 280))))["image_grid_thw"]
+    assert int(grid.prod()) == 16
+    assert KeyeImageProcessor.from_pretrained(tmp_path, max_pixels=4 * 784).max_pixels == 4 * 784
+    template = KeyeProcessor.from_pretrained(tmp_path, chat_template="{{ messages }}")
+    assert template.chat_template == "{{ messages }}"
+    assert template.tokenizer.chat_template == processor.tokenizer.chat_template
+    for option in ({"max_pixels": 1}, {"patch_size": 16}, {"video": {"rate": 1}}, {"video_backend": "none"}):
+        with pytest.raises(ValueError, match=r"max_pixels=1|patch_size=16|rate|'none'"):
+            KeyeProcessor.from_pretrained(tmp_path, **option)
 
 
 def test_values_that_the_model_was_not_made_for_are_refused() -> None:
