@@ -33,12 +33,16 @@ from keye_train.model.media_options import (
 from keye_train.model.messages import Medium, Pixels, split_media
 from keye_train.model.positions import grid_tokens
 from keye_train.model.processor_inputs import (
+    PADDING_OPTIONS,
     PADS,
+    check_length,
+    check_variables,
     expand_pads,
     listed_images,
     listed_videos,
     media_arrays,
     model_inputs,
+    padding_options,
     rates,
 )
 from keye_train.model.published import DEFAULT_FPS
@@ -251,18 +255,24 @@ class KeyeProcessor(ProcessorMixin):
             return_dict: with ``tokenize``: all tensors; else only ``input_ids``.
             return_labels: add ``labels`` [B, L]: the texts of assistant turns with their <|im_end|>; the rest is -100.
             return_position_ids, return_tensors, allow_http: as for a call.
-            padding: as for a tokenizer.
+            padding, padding_side, pad_to_multiple_of, max_length: as for a tokenizer; ``max_length`` is only what
+                ``padding="max_length"`` fills up to, since a conversation is never cut.
+            truncation: refused with ``tokenize``.
             published: as the published pipeline: both packages' resizes, its video sampling, control tokens by text.
-            processor_kwargs: options for media, ``padding`` and ``return_tensors``, as transformers groups them.
+            processor_kwargs: options for media, for padding and ``return_tensors``, as transformers groups them.
             kwargs: options (``MediaOptions``) for every medium that does not have its own, which ``published`` drops;
-                the rest are variables of the template.
+                the rest are variables of the template. None counts as not given.
 
         Raises:
             SampleError: messages that are none, or media that cannot be read.
-            ValueError: arguments that exclude each other, or a template that is not Keye's together with ``tokenize``.
+            ValueError: arguments that exclude each other; with ``tokenize`` also truncation, a template that is not
+                Keye's, or an argument that is neither an option nor a variable of the template.
         """
         given = dict(processor_kwargs or {})
-        padding, return_tensors = given.pop("padding", padding), given.pop("return_tensors", return_tensors)
+        return_tensors = given.pop("return_tensors", return_tensors)
+        if tokenize:
+            kwargs |= {name: given.pop(name) for name in PADDING_OPTIONS & set(given)}
+            pad = padding_options(kwargs, padding)
         kwargs |= media_options(given, MediaKind.video, strict=True)
         options = {name: kwargs.pop(name) for name in sorted(OPTION_NAMES & set(kwargs))}
         render = {
@@ -273,6 +283,8 @@ class KeyeProcessor(ProcessorMixin):
         }
         if not tokenize:
             return super().apply_chat_template(conversation, chat_template=chat_template, tokenize=False, **render)
+        own_template = None if self.chat_template == CHAT_TEMPLATE else self.chat_template
+        check_variables([name for name, value in kwargs.items() if value is not None], own_template)
         if chat_template is not None:
             raise ValueError("tokenize=True knows Keye's template only: render the text and call the processor with it")
         if add_generation_prompt and continue_final_message:
@@ -283,7 +295,8 @@ class KeyeProcessor(ProcessorMixin):
         if published and return_labels:
             raise ValueError("the published pipeline has no labels: return_labels needs published=False")
         encode = self._encode_as_published if published else self._encode_by_id
-        encoded, pixels, labels = encode(conversations, render, options, padding, allow_http)
+        encoded, pixels, labels = encode(conversations, render, options, pad, allow_http)
+        check_length(encoded, pad)
         batch = self._batch(encoded, pixels, labels if return_labels else None, return_position_ids, return_tensors)
         return batch if return_dict else batch["input_ids"]
 
@@ -326,7 +339,7 @@ class KeyeProcessor(ProcessorMixin):
         conversations: list[Any],
         render: dict[str, Any],
         options: Mapping[str, Any],
-        padding: bool | str,
+        pad: Mapping[str, Any],
         allow_http: bool,
     ) -> tuple[dict[str, Any], list[Pixels], list[Tensor]]:
         """Ids, media and labels (of the tokens that are no padding), by the functions that training encodes with."""
@@ -345,21 +358,21 @@ class KeyeProcessor(ProcessorMixin):
             ids.append(chat.input_ids[:length].tolist())
             labels.append(chat.labels[:length])
             pixels += own
-        return dict(self.tokenizer.pad({"input_ids": ids}, padding=padding)), pixels, labels
+        return dict(self.tokenizer.pad({"input_ids": ids}, **pad)), pixels, labels
 
     def _encode_as_published(
         self,
         conversations: list[Any],
         render: dict[str, Any],
         _: Mapping[str, Any],
-        padding: bool | str,
+        pad: Mapping[str, Any],
         allow_http: bool,
     ) -> tuple[dict[str, Any], list[Pixels], None]:
         texts = super().apply_chat_template(conversations, tokenize=False, **render)
         media = [medium for messages in conversations for medium in split_media(messages)[1]]
         limits = self.image_processor.min_pixels, self.image_processor.max_pixels
         pixels = [medium.published_pixels(*limits, allow_http) for medium in media]
-        return dict(self.tokenizer(expand_pads(list(texts), pixels, strict=False), padding=padding)), pixels, None
+        return dict(self.tokenizer(expand_pads(list(texts), pixels, strict=False), **pad)), pixels, None
 
     def _token_id(self, token: str) -> int:
         found = self.tokenizer.convert_tokens_to_ids(token)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from keye_train.model.vision import normalize_levels
 from keye_train.sample import MediaKind
 
 PADS = {MediaKind.image: "<|image_pad|>", MediaKind.video: "<|video_pad|>"}
+PADDING_OPTIONS = frozenset({"padding", "padding_side", "pad_to_multiple_of", "max_length", "truncation"})
 
 
 def listed_images(images: Any) -> list[Any]:
@@ -87,6 +89,66 @@ def expand_pads(texts: Sequence[str], pixels: Sequence[Pixels], strict: bool) ->
         left = iter(counts)
         expanded = [_expanded(text, pad, left) for text in expanded]
     return expanded
+
+
+def padding_options(options: dict[str, Any], padding: bool | str) -> dict[str, Any]:
+    """Take what a tokenizer pads with out of ``options``, where None stands for not given.
+
+    Args:
+        options: options of a call; ``padding``, ``padding_side``, ``pad_to_multiple_of``, ``max_length`` and
+            ``truncation`` are removed.
+        padding: what holds unless ``options`` has another.
+
+    Raises:
+        ValueError: ``truncation``, or a ``max_length`` that is not padded to.
+    """
+    if options.pop("truncation", None) not in (None, False, "do_not_truncate"):
+        raise ValueError(
+            "truncation would cut images and videos off their tokens: leave it out and shorten the conversation, or "
+            "lower max_pixels, fps or nframes; count_tokens gives its length"
+        )
+    asked = {name: value for name in PADDING_OPTIONS if (value := options.pop(name, None)) is not None}
+    found = {"padding": padding, **asked}
+    if "max_length" in found and found["padding"] != "max_length":
+        raise ValueError(
+            f'max_length={found["max_length"]} is what padding="max_length" fills up to, and conversations are never '
+            "cut: pass that too, or leave max_length out"
+        )
+    return found
+
+
+def check_length(encoded: Mapping[str, Any], padding: Mapping[str, Any]) -> None:
+    """Refuse a batch with a row above the ``max_length`` of ``padding_options``.
+
+    Raises:
+        ValueError: such a row.
+    """
+    longest = max(sum(mask) for mask in encoded["attention_mask"])
+    if longest > padding.get("max_length", longest):
+        raise ValueError(
+            f"a conversation of {longest} tokens is above max_length={padding['max_length']} and is never cut: raise "
+            "max_length or shorten the conversation"
+        )
+
+
+def check_variables(names: Iterable[str], template: str | Mapping[str, str] | None) -> None:
+    """Refuse arguments that no chat template reads.
+
+    Args:
+        names: arguments that are no options of the call.
+        template: a chat template, or several by name.
+
+    Raises:
+        ValueError: one of ``names`` does not occur in it.
+    """
+    written = " ".join(template.values()) if isinstance(template, Mapping) else template or ""
+    words = set(re.findall(r"\w+", written))
+    unknown = sorted(set(names) - words)
+    if unknown:
+        raise ValueError(
+            f"apply_chat_template with tokenize=True: unknown {', '.join(unknown)}, neither an option nor a variable "
+            "of the chat template; correct its name or leave it out"
+        )
 
 
 def media_arrays(pixels: Sequence[Pixels]) -> dict[str, Any]:

@@ -99,6 +99,48 @@ def test_a_padded_batch_holds_each_conversation_as_alone(processor: KeyeProcesso
         assert together["position_ids"][:, row, valid].equal(alone["position_ids"][:, 0])
 
 
+@pytest.mark.parametrize("published", [False, True])
+def test_padding_of_a_call_is_the_tokenizers(processor: KeyeProcessor, published: bool) -> None:
+    batch = [user(image(), text("a")), user(text("much longer" * 20))]
+    plain = encode(processor, batch, published=published)
+    options: dict[str, Any] = {"padding_side": "left", "pad_to_multiple_of": 64, "truncation": False, "tools": None}
+    for given in (options, {"processor_kwargs": {"padding_side": "left", "pad_to_multiple_of": 64}}):
+        left = encode(processor, batch, published=published, **given)
+        assert left["input_ids"].shape[1] % 64 == 0
+        for row in range(2):
+            valid = left["attention_mask"][row].bool()
+            assert valid[-1]
+            assert left["input_ids"][row][valid].equal(plain["input_ids"][row][plain["attention_mask"][row].bool()])
+    filled = encode(processor, batch, published=published, padding="max_length", max_length=500)
+    assert filled["input_ids"].shape == (2, 500)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"truncation": True}, "truncation would cut"),
+        ({"processor_kwargs": {"truncation": True}}, "truncation would cut"),
+        ({"max_length": 5}, "max_length=5"),
+        ({"padding": "max_length", "max_length": 5}, "above max_length=5"),
+        ({"max_pixel": 5}, "unknown max_pixel"),
+        ({"images": [IMAGE]}, "unknown images"),
+        ({"tools": [{}]}, "unknown tools"),
+    ],
+)
+def test_options_of_a_call_are_never_dropped(processor: KeyeProcessor, options: dict[str, Any], reason: str) -> None:
+    for published in (False, True):
+        with pytest.raises(ValueError, match=reason):
+            encode(processor, user(image()), published=published, **options)
+
+
+def test_a_template_of_its_own_may_have_variables(processor: KeyeProcessor) -> None:
+    template = "{{ mood }}" + processor.chat_template
+    other = KeyeProcessor(processor.image_processor, toy_tokenizer(), chat_template=template)
+    assert encode(other, user(text("a")), mood="")["input_ids"].equal(encode(other, user(text("a")))["input_ids"])
+    with pytest.raises(ValueError, match="unknown moods"):
+        encode(other, user(text("a")), moods="")
+
+
 def test_it_is_saved_and_loaded_with_everything(processor: KeyeProcessor, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
