@@ -217,17 +217,21 @@ def load_dual_encoder(folder: str | Path, dtype: torch.dtype | None = None) -> D
     config = read_config(folder, dtype)
     if config.architectures != ["DualEncoder"]:
         raise ValueError(f"{folder} is not an export of Stage 0: its config.json has no text_tower")
+    model = meta_dual_encoder(config).to(config.dtype).to_empty(device="cpu")
+    filled = load_state(model, read_state(folder))
+    require_all(model, filled, str(folder), allowed=lambda name: False)
+    return model.eval()
+
+
+def meta_dual_encoder(config: KeyeConfig) -> DualEncoder:
+    """The towers that the config.json of a Stage 0 export describes, shapes only."""
+    decoder = getattr(config, "caption_decoder", None)
     with torch.device("meta"):
-        decoder = getattr(config, "caption_decoder", None)
-        model = DualEncoder(
+        return DualEncoder(
             config,
             TextTowerSettings(**config.text_tower),
             None if decoder is None else CaptionDecoderSettings(**decoder),
         )
-    model = model.to(config.dtype).to_empty(device="cpu")
-    filled = load_state(model, read_state(folder))
-    require_all(model, filled, str(folder), allowed=lambda name: False)
-    return model.eval()
 
 
 def save_export(
