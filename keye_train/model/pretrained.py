@@ -264,7 +264,7 @@ def write_folder(
     Args:
         config: fields of config.json; ``torch_dtype`` is added.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # of a link: the folder behind it is replaced, not the link
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -323,11 +323,17 @@ def _write_weights(state: NamedTensors, folder: Path, max_shard_bytes: int) -> t
 
 
 def _replace_folder(new: Path, target: Path) -> None:
-    """Move ``new`` to ``target``; what stands there is removed afterwards."""
+    """Move ``new`` to ``target``; what stands there is removed afterwards, or put back where the move fails."""
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.exists():
+    replaces = target.exists()
+    if replaces:
         target.replace(old)
-    new.replace(target)
+    try:
+        new.replace(target)
+    except BaseException:
+        if replaces:
+            old.replace(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
