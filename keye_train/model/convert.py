@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from keye_train import runs
 from keye_train.model.configuration import KeyeConfig
@@ -38,18 +38,28 @@ from keye_train.model.pretrained import (
     MAX_SHARD_BYTES,
     ExtraFiles,
     NamedTensors,
+    meta_dual_encoder,
     read_config,
     read_state,
     save_export,
     write_folder,
 )
-from keye_train.model.start import TEXT_TOWER, new_weights, qwen3_language, siglip_towers, without_tied_head
+from keye_train.model.start import (
+    CAPTION_DECODER,
+    NEW_IN_KEYE,
+    TEXT_TOWER,
+    new_weights,
+    qwen3_language,
+    siglip_towers,
+    without_tied_head,
+)
 
 logger = logging.getLogger(__name__)
 
 PUBLISHED_REPOSITORY = "Kwai-Keye/Keye-VL-8B-Preview"
 RECORD = "conversion.json"
 DUAL_ENCODER = ["DualEncoder"]
+NO_VISION = (NEW_IN_KEYE, "model.", "lm_head.", CAPTION_DECODER, *TEXT_TOWER)  # what an export may have beside a tower
 
 Shape = tuple[int, ...]
 
@@ -191,21 +201,24 @@ def convert_tower(source: Path, out: Path, options: Options = Options()) -> Conv
     both = config.architectures == DUAL_ENCODER
     result = Conversion(out)
 
+    kept = ("visual.", *TEXT_TOWER) if both else ("visual.",)
+    whole = _shapes(meta_dual_encoder(config)) if both else layout(config)
+    shapes = {name: shape for name, shape in whole.items() if name.startswith(kept) and name != PACKING_TABLE}
+
     def tower() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in read_state(source):
-            if name != PACKING_TABLE and (name.startswith("visual.") or (both and name.startswith(TEXT_TOWER))):
-                tensor = tensor if options.dtype is None else tensor.to(options.dtype)
-                result.tensors += 1
-                result.parameters += tensor.numel()
-                yield name.removeprefix("visual."), tensor
-            else:
+            if name == PACKING_TABLE or (name.startswith(NO_VISION) and not name.startswith(kept)):
                 result.dropped.append(name)
+            else:
+                yield name, tensor
 
     fields = (siglip_from_towers(config) if both else siglip_from_keye(config.vision)).to_dict()
     fields["architectures"] = ["SiglipModel" if both else "SiglipVisionModel"]
     _check_target(out, options)
     record = _record("tower", {"source": str(source)}, result)
-    write_folder(tower(), fields, out, options.max_shard_bytes, {RECORD: record})
+    state = _checked(tower(), shapes, str(source), options.dtype, result)
+    named = ((name.removeprefix("visual."), tensor) for name, tensor in state)
+    write_folder(named, fields, out, options.max_shard_bytes, {RECORD: record})
     return result
 
 
@@ -213,6 +226,10 @@ def layout(config: KeyeConfig) -> dict[str, Shape]:
     """Names and shapes of all tensors of the published layout; a tied output matrix has none of its own."""
     with torch.device("meta"):
         model = KeyeForConditionalGeneration(config)
+    return _shapes(model)
+
+
+def _shapes(model: nn.Module) -> dict[str, Shape]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 

@@ -53,7 +53,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         targets: [K] int64.
 
     Returns:
-        [K] float32.
+        [K] float32. A target that is no id of the vocabulary gives NaN: looking for one would wait for the device,
+        and the check of a step for finite numbers stops at it.
     """
     device = hidden.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -72,16 +73,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         largest = torch.full((rows,), -torch.inf, dtype=torch.float32, device=hidden.device)
         sums = torch.zeros_like(largest)  # of exp(logit - largest), over the blocks so far
         of_target = torch.zeros_like(largest)
+        found = torch.zeros_like(targets, dtype=torch.bool)
         with torch.autocast(hidden.device.type, enabled=False):
             states = hidden.to(compute)
             for start in range(0, weight.shape[0], block):
                 logits = F.linear(states, weight[start : start + block].to(compute)).float()
                 place, inside = _places(targets, start, logits.shape[1])
                 of_target += logits.gather(1, place)[:, 0] * inside
+                found |= inside
                 raised = torch.maximum(largest, logits.amax(dim=1))
                 sums = sums * (largest - raised).exp() + logits.sub_(raised[:, None]).exp_().sum(dim=1)
                 largest = raised
-        log_sums = largest + sums.log()
+        log_sums = torch.where(found, largest + sums.log(), torch.nan)  # kept: the gradients are NaN as well
         ctx.save_for_backward(hidden, weight, targets, log_sums)
         ctx.compute, ctx.block = compute, block
         return log_sums - of_target

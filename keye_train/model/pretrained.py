@@ -217,17 +217,21 @@ def load_dual_encoder(folder: str | Path, dtype: torch.dtype | None = None) -> D
     config = read_config(folder, dtype)
     if config.architectures != ["DualEncoder"]:
         raise ValueError(f"{folder} is not an export of Stage 0: its config.json has no text_tower")
+    model = meta_dual_encoder(config).to(config.dtype).to_empty(device="cpu")
+    filled = load_state(model, read_state(folder))
+    require_all(model, filled, str(folder), allowed=lambda name: False)
+    return model.eval()
+
+
+def meta_dual_encoder(config: KeyeConfig) -> DualEncoder:
+    """The towers that the config.json of a Stage 0 export describes, shapes only."""
+    decoder = getattr(config, "caption_decoder", None)
     with torch.device("meta"):
-        decoder = getattr(config, "caption_decoder", None)
-        model = DualEncoder(
+        return DualEncoder(
             config,
             TextTowerSettings(**config.text_tower),
             None if decoder is None else CaptionDecoderSettings(**decoder),
         )
-    model = model.to(config.dtype).to_empty(device="cpu")
-    filled = load_state(model, read_state(folder))
-    require_all(model, filled, str(folder), allowed=lambda name: False)
-    return model.eval()
 
 
 def save_export(
@@ -260,7 +264,7 @@ def write_folder(
     Args:
         config: fields of config.json; ``torch_dtype`` is added.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # of a link: the folder behind it is replaced, not the link
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -319,11 +323,17 @@ def _write_weights(state: NamedTensors, folder: Path, max_shard_bytes: int) -> t
 
 
 def _replace_folder(new: Path, target: Path) -> None:
-    """Move ``new`` to ``target``; what stands there is removed afterwards."""
+    """Move ``new`` to ``target``; what stands there is removed afterwards, or put back where the move fails."""
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.exists():
+    replaces = target.exists()
+    if replaces:
         target.replace(old)
-    new.replace(target)
+    try:
+        new.replace(target)
+    except BaseException:
+        if replaces:
+            old.replace(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -154,6 +154,34 @@ class TestTower:
         for name, value in SiglipModel.from_pretrained(siglip).state_dict().items():
             assert torch.equal(again.state_dict()[name], value), name
 
+    @pytest.mark.parametrize("stage_0", [False, True])
+    @pytest.mark.parametrize("fault", ["lacks a layer", "another shape", "unknown"])
+    def test_what_is_no_whole_tower(self, tmp_path: Path, stage_0: bool, fault: str) -> None:
+        make = initial_dual_encoder if stage_0 else initial_model
+        model = make(recipe(random=True), seed=0)
+        state = dict(model.named_parameters())
+        layer = "visual.vision_model.encoder.layers.1."
+        if fault == "lacks a layer":
+            state = {name: value for name, value in state.items() if not name.startswith(layer)}
+        else:
+            state[f"{layer}mlp.fc1.bias" if fault == "another shape" else "adapter.weight"] = torch.ones(3)
+        save_export(state.items(), model.config, tmp_path / "export")
+        messages = {
+            "lacks a layer": rf"{re.escape(layer)}.* missing",
+            "another shape": r"layers\.1\.mlp\.fc1\.bias is \[3\], but config\.json",
+            "unknown": r"adapter\.weight \[3\] has no place",
+        }
+        with pytest.raises(ValueError, match=messages[fault]):
+            convert_tower(tmp_path / "export", tmp_path / "tower")
+        assert not (tmp_path / "tower").exists()
+
+    def test_a_caption_decoder_is_dropped(self, tmp_path: Path) -> None:
+        towers = initial_dual_encoder(recipe(random=True), seed=0, captions=True)
+        save_export(towers.state_dict().items(), towers.config, tmp_path / "export")
+        dropped = convert_tower(tmp_path / "export", tmp_path / "tower").dropped
+        assert {name.split(".")[0] for name in dropped} >= {"caption_decoder"}
+        assert not any(name.startswith(("text_model.", "logit_")) for name in dropped)
+
 
 def anonymous_bytes() -> int:
     """Memory of this process that no file backs: copies, not what is mapped from a checkpoint."""

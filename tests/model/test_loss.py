@@ -59,3 +59,20 @@ def test_bfloat16_weights_give_float32_losses(head: LMHead) -> None:
     rounded = head.bfloat16()(hidden.bfloat16(), targets)
     assert rounded.dtype == torch.float32
     assert (exact - rounded).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("target", [-100, -1, VOCAB, VOCAB + 5])
+@pytest.mark.parametrize("chunk_logits", [7 * 23, 100 * VOCAB])
+def test_a_target_outside_the_vocabulary_is_not_a_finite_loss(
+    head: LMHead, target: int, chunk_logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer larger than the model must stop the run, not train it on a wrong token."""
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk_logits)
+    hidden = torch.randn(23, WIDTH, requires_grad=True)
+    targets = torch.randint(VOCAB, (23,))
+    targets[[4, 5, 6]] = torch.tensor([0, target, VOCAB - 1])
+    losses = head(hidden, targets)
+    assert losses.isnan().nonzero().tolist() == [[5]]
+    losses.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.isnan().any(dim=1).nonzero().tolist() == [[5]]

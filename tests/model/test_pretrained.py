@@ -151,6 +151,35 @@ class TestExport:
         assert [name for name, _ in read_state(folder)] == ["a"]
         assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
+    def test_a_failed_move_puts_the_old_one_back(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        config = golden.tiny_model().config
+        folder = tmp_path / "export"
+        save_export([("a", torch.ones(1))], config, folder)
+        move = Path.replace
+
+        def breaks(self: Path, target: Path) -> Path:
+            if self.suffix == ".tmp" and self.is_dir():
+                raise OSError("stale file handle")
+            return move(self, target)
+
+        monkeypatch.setattr(Path, "replace", breaks)
+        with pytest.raises(OSError, match="stale file handle"):
+            save_export([("b", torch.ones(1))], config, folder)
+        assert [name for name, _ in read_state(folder)] == ["a"]
+        assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+    def test_behind_a_link(self, tmp_path: Path) -> None:
+        config = golden.tiny_model().config
+        disk, link = tmp_path / "disk", tmp_path / "runs" / "export"
+        link.parent.mkdir()
+        link.symlink_to(disk / "model")
+        for name in ("a", "b"):
+            save_export([(name, torch.ones(1))], config, link)
+            assert [name for name, _ in read_state(disk / "model")] == [name]
+        assert link.is_symlink()
+        assert [path.name for path in link.parent.iterdir()] == ["export"]
+        assert [path.name for path in disk.iterdir()] == ["model"]
+
     def test_tied_weights(self, tmp_path: Path) -> None:
         wanted = settings(random=True)
         wanted.language.tie_word_embeddings = True
