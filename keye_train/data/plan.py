@@ -32,8 +32,11 @@ CostFunction = Callable[[Sizes], np.ndarray]
 
 
 def flop_cost(config: KeyeConfig, objective: Objective = Objective.language) -> CostFunction:
-    """Cost of packs by ``model.flops``. With the contrastive objective only the vision tower counts: the captions of
-    all packs are padded alike."""
+    """Cost of packs by ``model.flops``.
+
+    With the contrastive objective only the vision tower counts: captions are padded alike, and a caption decoder, small
+    beside the tower, follows the number of patches.
+    """
     flops = FlopCoefficients.of(config)
     language = 1.0 if objective == Objective.language else 0.0
 
