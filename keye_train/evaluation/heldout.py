@@ -75,12 +75,25 @@ def read_drawn(
     Yields:
         Reference, members of the tar (name without the key -> bytes), and why the sample cannot be read or None.
     """
-    rows = [(shard, row) for shard in _indexed_shards(source) for row in range(len(read_columns(shard, ["key"])))]
+    rows = shard_rows(source)
     draw = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    yield from read_rows((rows[number] for number in sorted(draw.permutation(len(rows))[:count].tolist())), name)
+
+
+def shard_rows(source: SourceSettings) -> list[tuple[str, int]]:
+    """(shard, row) of all samples of a source, from its indexes.
+
+    Raises:
+        SettingsError: a shard or its index is missing.
+    """
+    return [(shard, row) for shard in _indexed_shards(source) for row in range(len(read_columns(shard, ["key"])))]
+
+
+def read_rows(rows: Iterable[tuple[str, int]], name: str) -> Iterator[tuple[SampleRef, dict[str, bytes], str | None]]:
+    """The samples of some rows, one at a time; yields as ``read_drawn``."""
     reader = ShardReader()
     try:
-        for number in sorted(draw.permutation(len(rows))[:count].tolist()):
-            shard, row = rows[number]
+        for shard, row in rows:
             try:
                 key, members = reader.read(shard, row)
                 yield SampleRef(name, shard, key), members, None

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keye_train.data.formats import parse_sample
-from keye_train.evaluation.heldout import read_drawn
+from keye_train.evaluation.heldout import read_rows, shard_rows
 from keye_train.evaluation.retrieval import BATCH_PAIRS
 from keye_train.evaluation.scoring import interval
 from keye_train.model.dual_encoder import DualEncoder
 from keye_train.model.sample_encoder import SampleEncoder
-from keye_train.sample import Sample, SampleError
+from keye_train.sample import Sample, SampleError, SampleRef
 from keye_train.settings import DataSettings, SettingsError, SourceSettings, ZeroshotSettings
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,8 @@ class ZeroshotTask:
 def read_zeroshot(data: DataSettings, samples_per_task: int, seed: int) -> dict[str, ZeroshotTask]:
     """Draw at most ``samples_per_task`` samples of each task of ``data.zeroshot``, of those that show one class.
 
-    Every shard of a task is read whole: which class a sample shows stands in its JSON only.
+    Every shard of a task is read whole, since which class a sample shows stands in its JSON only; the media of the
+    samples that were drawn are read again, and no others are kept.
 
     Raises:
         SettingsError: a shard or its index is missing, or no sample shows one of the classes.
@@ -54,26 +55,31 @@ def read_zeroshot(data: DataSettings, samples_per_task: int, seed: int) -> dict[
 def _read_task(name: str, settings: ZeroshotSettings, samples_per_task: int, seed: int) -> ZeroshotTask:
     classes = list(settings.classes)
     prompts = [[prompt.format(word) for prompt in settings.prompts for word in settings.classes[c]] for c in classes]
-    found: list[tuple[Sample, int]] = []
-    for ref, members, error in read_drawn(SourceSettings(settings.shards), None, seed, name=name):
+    rows = shard_rows(SourceSettings(settings.shards))
+    found: list[tuple[tuple[str, int], int]] = []  # row and class; the media of a whole task would fill the memory
+    for row, (ref, members, error) in zip(rows, read_rows(rows, name), strict=True):
         try:
-            if error is not None:
-                raise SampleError(error)
-            sample = parse_sample(ref, members)
+            sample = _sample(ref, members, error)
         except SampleError as problem:
             logger.warning("zeroshot.%s: %s of %s is left out: %s", name, ref.key, ref.shard, problem)
             continue
         shown = {str(value) for value in _values(sample.meta, settings.label.split("."))}
         if len(shown) == 1 and (label := shown.pop()) in settings.classes:
-            found.append((sample, classes.index(label)))
+            found.append((row, classes.index(label)))
     if not found:
         raise SettingsError(
             f"data.zeroshot.{name}: no sample of {settings.shards} has one of the classes {classes} under "
             f"'{settings.label}'; check label and classes against the samples' JSON"
         )
     order = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(len(found))[:samples_per_task]
-    samples, labels = zip(*(found[number] for number in sorted(order.tolist())), strict=True)
-    return ZeroshotTask(classes, prompts, list(samples), list(labels))
+    drawn, labels = zip(*(found[number] for number in sorted(order.tolist())), strict=True)
+    return ZeroshotTask(classes, prompts, [_sample(*read) for read in read_rows(drawn, name)], list(labels))
+
+
+def _sample(ref: SampleRef, members: dict[str, bytes], error: str | None) -> Sample:
+    if error is not None:
+        raise SampleError(error)
+    return parse_sample(ref, members)
 
 
 def _values(record: Any, path: Sequence[str]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,22 @@ class TestTask:
 
     def test_as_many_as_asked_for(self, shard: str) -> None:
         assert len(read_zeroshot(data(task(shards=[shard])), 2, seed=0)["shape"].samples) == 2
+
+    def test_only_the_media_of_the_drawn_are_kept(self, folder: Path) -> None:
+        """A classification set has more pictures than memory; only those that are asked stay."""
+        size = 2**20
+        record = {"objects": [{"shape": "circle"}]}
+        samples = [question("?", "a picture", RED + bytes(size), made_from=record) for _ in range(16)]
+        model = toy_settings(folder / "tokenizer")
+        shard = str(write_shard(folder / "large-0.tar", samples, model.tokenizer))
+        tracemalloc.start()
+        try:
+            found = read_zeroshot(data(task(shards=[shard])), 2, seed=0)["shape"]
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert [len(picture) > size for sample in found.samples for picture in sample.media.values()] == [True, True]
+        assert peak < 10 * size, "two samples, and what the reading of one takes"
 
     def test_no_sample_of_any_class_is_an_error(self, shard: str) -> None:
         with pytest.raises(SettingsError, match=r"zeroshot\.shape.*under 'made_from\.kind'"):
