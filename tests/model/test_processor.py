@@ -17,6 +17,7 @@ from PIL import Image
 from toy_inputs import flat_frames, image_bytes, synthetic_image, toy_model_settings, toy_tokenizer, video_bytes
 
 from keye_train.model import IGNORE_INDEX, KeyeImageProcessor, KeyeProcessor
+from keye_train.model.media import read_video
 from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.model.video_torchcodec import checked_backend
 from keye_train.sample import Sample, SampleError, SampleRef
@@ -226,6 +227,16 @@ def test_a_video_is_the_same_from_every_source(processor: KeyeProcessor, tmp_pat
         assert batch["pixel_values_videos"].equal(given[0]["pixel_values_videos"])
         assert batch["video_grid_thw"][0, 0] == 6
         assert batch["second_per_grid_ts"].tolist() == pytest.approx([1 / 3])
+
+
+def test_float_frames_have_one_range() -> None:
+    levels = np.stack([np.full((8, 8, 3), level, dtype=np.float32) for level in (0, 1, 200)])
+    channels_first = torch.from_numpy(np.moveaxis(levels, 3, 1))
+    for source in (levels, list(levels), channels_first):
+        assert [frame.getpixel((0, 0))[0] for frame in read_video(source)] == [0, 1, 200], type(source)
+    assert [frame.getpixel((0, 0))[0] for frame in read_video(levels / 200)] == [0, 1, 255]
+    with pytest.raises(SampleError, match="values from nan"):
+        read_video(np.full((2, 8, 8, 3), np.nan))
 
 
 @pytest.fixture
