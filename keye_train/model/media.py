@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-import urllib.error
+import http.client
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
@@ -169,12 +169,27 @@ def _data_uri(uri: str, kind: str) -> bytes:
 
 def _download(url: str, kind: str) -> bytes:
     try:
-        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as response:
-            if urllib.parse.urlsplit(response.url).scheme not in ("http", "https"):
-                raise SampleError(f"{kind} {url[:80]!r} leads to {response.url[:80]!r}")
+        with _http_opener().open(url, timeout=DOWNLOAD_TIMEOUT_S) as response:
             data = response.read(MAX_DOWNLOAD_BYTES + 1)
-    except (OSError, ValueError, urllib.error.URLError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise SampleError(f"{kind} {url[:80]!r} cannot be fetched: {error}") from error
     if len(data) > MAX_DOWNLOAD_BYTES:
         raise SampleError(f"{kind} {url[:80]!r} is above {MAX_DOWNLOAD_BYTES} bytes")
     return data
+
+
+def _http_opener() -> urllib.request.OpenerDirector:
+    """Opens http and https and nothing else, so that a redirect to ftp or a file is refused before it is followed."""
+    opener = urllib.request.OpenerDirector()
+    proxies = {scheme: proxy for scheme, proxy in urllib.request.getproxies().items() if scheme in ("http", "https")}
+    for handler in (
+        urllib.request.ProxyHandler(proxies),  # with one for ftp it would open that, too
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPRedirectHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.UnknownHandler(),
+    ):
+        opener.add_handler(handler)
+    return opener

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.server
 import pickle
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -247,6 +248,13 @@ def web(tmp_path: Path) -> Iterator[str]:
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments, directory=str(tmp_path))
 
+        def do_GET(self) -> None:
+            if not self.path.startswith("/to?"):
+                return super().do_GET()
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/to?"))
+            self.end_headers()
+
         def log_message(self, *_: Any) -> None: ...
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
@@ -262,6 +270,24 @@ def test_the_network_is_used_only_when_allowed(processor: KeyeProcessor, web: st
     assert fetched["pixel_values"].equal(processor.image_processor(IMAGE)["pixel_values"])
     with pytest.raises(SampleError, match="cannot be fetched"):
         encode(processor, user(image(f"{web}/b.png")), allow_http=True)
+    with pytest.raises(SampleError, match="cannot be fetched"):
+        encode(processor, user(image(f"{web}/a picture.png")), allow_http=True)
+
+
+def test_only_redirects_to_the_web_are_followed(
+    processor: KeyeProcessor, web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = encode(processor, user(image(f"{web}/to?{web}/a.png")), allow_http=True)
+    assert fetched["pixel_values"].equal(processor.image_processor(IMAGE)["pixel_values"])
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        other.setblocking(False)
+        port = other.getsockname()[1]
+        monkeypatch.setenv("ftp_proxy", f"http://127.0.0.1:{port}")
+        for target in (f"ftp://127.0.0.1:{port}/a.png", (tmp_path / "a.png").as_uri(), "data:image/png;base64,AAAA"):
+            with pytest.raises(SampleError, match="cannot be fetched"):
+                encode(processor, user(image(f"{web}/to?{target}")), allow_http=True)
+        with pytest.raises(BlockingIOError):  # nobody has called
+            other.accept()
 
 
 @pytest.mark.parametrize(
