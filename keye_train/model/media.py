@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-import urllib.error
+import http.client
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
@@ -48,7 +48,8 @@ def read_video(source: Any, allow_http: bool = False) -> bytes | Path | list[Ima
 
     Args:
         source: a file in any form; a list of pictures, each an ``ImageSource``; or an array [frames, height, width,
-            channels] or [frames, channels, height, width].
+            channels] or [frames, channels, height, width]. Frames of floats are scaled to 255 where all of them lie
+            within [0, 1].
         allow_http: whether ``http://`` and ``https://`` may be fetched.
 
     Raises:
@@ -57,11 +58,15 @@ def read_video(source: Any, allow_http: bool = False) -> bytes | Path | list[Ima
     if isinstance(source, (np.ndarray, Tensor)):
         if source.ndim != 4:
             raise SampleError(f"video array of shape {tuple(source.shape)}; use [frames, height, width, channels]")
-        return [picture_of(frame) for frame in source]
+        return _pictures(list(source))
     if isinstance(source, (list, tuple)):
         if not source:
             raise SampleError("video of an empty list of frames")
-        return [read_image(frame, allow_http) for frame in source]
+        arrays = iter(_pictures([frame for frame in source if isinstance(frame, (np.ndarray, Tensor))]))
+        return [
+            next(arrays) if isinstance(frame, (np.ndarray, Tensor)) else read_image(frame, allow_http)
+            for frame in source
+        ]
     return _bytes_or_path(source, allow_http, "video")
 
 
@@ -74,6 +79,19 @@ def picture_of(array: np.ndarray | Tensor) -> Image.Image:
     Raises:
         SampleError: another shape, or values outside 0 .. 255.
     """
+    return _pictures([array])[0]
+
+
+def _pictures(arrays: Sequence[np.ndarray | Tensor]) -> list[Image.Image]:
+    """Arrays that belong together as pictures, with one range for all: a dark frame of a video is not brightened."""
+    frames = [_channels_last(array) for array in arrays]
+    floats = [frame for frame in frames if np.issubdtype(frame.dtype, np.floating)]
+    scale = 255 if all(frame.max() <= 1 for frame in floats) else 1
+    return [Image.fromarray(np.ascontiguousarray(_as_uint8(frame, scale))) for frame in frames]
+
+
+def _channels_last(array: np.ndarray | Tensor) -> np.ndarray:
+    """[height, width] or [height, width, channels]; frames of one shape and type are all read alike."""
     first_of_two = isinstance(array, Tensor)
     levels = array.detach().cpu().numpy() if isinstance(array, Tensor) else array
     if levels.ndim == 3:
@@ -84,19 +102,18 @@ def picture_of(array: np.ndarray | Tensor) -> Image.Image:
             levels = levels[..., None, None]  # refused below
     if levels.ndim not in (2, 3) or 0 in levels.shape:
         raise SampleError(f"image array of shape {tuple(array.shape)}; use [height, width, channels] with 1, 3 or 4")
-    if levels.ndim == 3 and levels.shape[2] == 1:
-        levels = levels[..., 0]
-    return Image.fromarray(np.ascontiguousarray(_as_uint8(levels)))
+    return levels[..., 0] if levels.ndim == 3 and levels.shape[2] == 1 else levels
 
 
-def _as_uint8(levels: np.ndarray) -> np.ndarray:
+def _as_uint8(levels: np.ndarray, scale: int) -> np.ndarray:
+    """Levels as bytes; floats are multiplied by ``scale`` first."""
     if levels.dtype == np.uint8:
         return levels
     low, high = float(levels.min()), float(levels.max())
     if not (low >= 0 and high <= 255):  # NaN too
         raise SampleError(f"image array with values from {low} to {high}; use 0 .. 255, or floats within [0, 1]")
-    if np.issubdtype(levels.dtype, np.floating) and high <= 1:
-        levels = levels * 255
+    if np.issubdtype(levels.dtype, np.floating):
+        levels = levels * scale
     return np.rint(levels).astype(np.uint8)
 
 
@@ -152,12 +169,27 @@ def _data_uri(uri: str, kind: str) -> bytes:
 
 def _download(url: str, kind: str) -> bytes:
     try:
-        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as response:
-            if urllib.parse.urlsplit(response.url).scheme not in ("http", "https"):
-                raise SampleError(f"{kind} {url[:80]!r} leads to {response.url[:80]!r}")
+        with _http_opener().open(url, timeout=DOWNLOAD_TIMEOUT_S) as response:
             data = response.read(MAX_DOWNLOAD_BYTES + 1)
-    except (OSError, ValueError, urllib.error.URLError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise SampleError(f"{kind} {url[:80]!r} cannot be fetched: {error}") from error
     if len(data) > MAX_DOWNLOAD_BYTES:
         raise SampleError(f"{kind} {url[:80]!r} is above {MAX_DOWNLOAD_BYTES} bytes")
     return data
+
+
+def _http_opener() -> urllib.request.OpenerDirector:
+    """Opens http and https and nothing else, so that a redirect to ftp or a file is refused before it is followed."""
+    opener = urllib.request.OpenerDirector()
+    proxies = {scheme: proxy for scheme, proxy in urllib.request.getproxies().items() if scheme in ("http", "https")}
+    for handler in (
+        urllib.request.ProxyHandler(proxies),  # with one for ftp it would open that, too
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPRedirectHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.UnknownHandler(),
+    ):
+        opener.add_handler(handler)
+    return opener

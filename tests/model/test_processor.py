@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.server
 import pickle
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from toy_inputs import flat_frames, image_bytes, synthetic_image, toy_model_settings, toy_tokenizer, video_bytes
 
 from keye_train.model import IGNORE_INDEX, KeyeImageProcessor, KeyeProcessor
+from keye_train.model.media import read_video
 from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.model.video_torchcodec import checked_backend
 from keye_train.sample import Sample, SampleError, SampleRef
@@ -228,6 +230,16 @@ def test_a_video_is_the_same_from_every_source(processor: KeyeProcessor, tmp_pat
         assert batch["second_per_grid_ts"].tolist() == pytest.approx([1 / 3])
 
 
+def test_float_frames_have_one_range() -> None:
+    levels = np.stack([np.full((8, 8, 3), level, dtype=np.float32) for level in (0, 1, 200)])
+    channels_first = torch.from_numpy(np.moveaxis(levels, 3, 1))
+    for source in (levels, list(levels), channels_first):
+        assert [frame.getpixel((0, 0))[0] for frame in read_video(source)] == [0, 1, 200], type(source)
+    assert [frame.getpixel((0, 0))[0] for frame in read_video(levels / 200)] == [0, 1, 255]
+    with pytest.raises(SampleError, match="values from nan"):
+        read_video(np.full((2, 8, 8, 3), np.nan))
+
+
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
     (tmp_path / "a.png").write_bytes(IMAGE)
@@ -235,6 +247,13 @@ def web(tmp_path: Path) -> Iterator[str]:
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments, directory=str(tmp_path))
+
+        def do_GET(self) -> None:
+            if not self.path.startswith("/to?"):
+                return super().do_GET()
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/to?"))
+            self.end_headers()
 
         def log_message(self, *_: Any) -> None: ...
 
@@ -251,6 +270,24 @@ def test_the_network_is_used_only_when_allowed(processor: KeyeProcessor, web: st
     assert fetched["pixel_values"].equal(processor.image_processor(IMAGE)["pixel_values"])
     with pytest.raises(SampleError, match="cannot be fetched"):
         encode(processor, user(image(f"{web}/b.png")), allow_http=True)
+    with pytest.raises(SampleError, match="cannot be fetched"):
+        encode(processor, user(image(f"{web}/a picture.png")), allow_http=True)
+
+
+def test_only_redirects_to_the_web_are_followed(
+    processor: KeyeProcessor, web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = encode(processor, user(image(f"{web}/to?{web}/a.png")), allow_http=True)
+    assert fetched["pixel_values"].equal(processor.image_processor(IMAGE)["pixel_values"])
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        other.setblocking(False)
+        port = other.getsockname()[1]
+        monkeypatch.setenv("ftp_proxy", f"http://127.0.0.1:{port}")
+        for target in (f"ftp://127.0.0.1:{port}/a.png", (tmp_path / "a.png").as_uri(), "data:image/png;base64,AAAA"):
+            with pytest.raises(SampleError, match="cannot be fetched"):
+                encode(processor, user(image(f"{web}/to?{target}")), allow_http=True)
+        with pytest.raises(BlockingIOError):  # nobody has called
+            other.accept()
 
 
 @pytest.mark.parametrize(
