@@ -163,7 +163,7 @@ def plain_gradients(objective: str) -> list[dict[str, Tensor]]:
                 if not outputs:
                     continue
                 images, texts = (torch.cat([output[part] for output in outputs]) for part in (0, 1))
-                losses = siglip_loss(images, texts, *outputs[0][2:])
+                losses = siglip_loss(images, texts, outputs[0].logit_scale, outputs[0].logit_bias)
                 (losses.sum() / total).backward()
             else:
                 for one in both:
