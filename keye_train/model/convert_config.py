@@ -13,8 +13,15 @@ from transformers import Qwen3Config, SiglipConfig, SiglipTextConfig, SiglipVisi
 
 from keye_train.model.configuration import KeyeConfig, KeyeVisionConfig
 from keye_train.model.positions import PATCH_SIZE
-from keye_train.model.pretrained import TOKENIZER_FILES
+from keye_train.model.processor_files import (
+    PREPROCESSOR,
+    PUBLISHED_PREPROCESSOR,
+    budget_files,
+    stored_files,
+    template_file,
+)
 from keye_train.runs import read_json
+from keye_train.settings import ResolutionSettings
 
 # Field of Keye's config.json -> its token, as Qwen3's and Keye's tokenizers name it
 TOKEN_FIELDS = {
@@ -53,16 +60,6 @@ LANGUAGE_FIELDS = (
     "tie_word_embeddings",
 )
 
-PUBLISHED_PREPROCESSOR: Mapping[str, Any] = {
-    "min_pixels": 3136,
-    "max_pixels": 1003520,
-    "patch_size": 14,
-    "temporal_patch_size": 1,
-    "merge_size": 2,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "processor_class": "KeyeProcessor",
-}
 PUBLISHED_SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
 
 
@@ -116,29 +113,34 @@ def special_token_ids(tokenizer: Path) -> dict[str, int]:
     return {field: added[token] for field, token in TOKEN_FIELDS.items()}
 
 
-def processor_files(folder: Path, config: KeyeConfig) -> dict[str, Path | dict[str, Any]]:
-    """Tokenizer and processor files of a folder; the two that follow from the model alone are made where they lack.
+def published_files(folder: Path, config: KeyeConfig) -> dict[str, Path | dict[str, Any]]:
+    """Files beside the weights from a folder; the two that the published layout needs are made where they lack."""
+    return {PREPROCESSOR: dict(PUBLISHED_PREPROCESSOR), **_sampling(config), **stored_files(folder)}
 
-    ``auto_map`` is left out of them, as out of config.json.
+
+def start_files(
+    tokenizer: Path, config: KeyeConfig, resolution: ResolutionSettings | None
+) -> dict[str, Path | dict[str, Any]]:
+    """Files beside the weights of a model before its training.
+
+    Args:
+        tokenizer: folder of the tokenizer.
+        config: of the model.
+        resolution: budgets; None: those in the tokenizer's folder, or of the first report where it has none.
     """
-    files: dict[str, Path | dict[str, Any]] = {
-        name: folder / name for name in TOKENIZER_FILES if (folder / name).exists()
+    budgets = budget_files(resolution or ResolutionSettings())
+    stored = stored_files(tokenizer)
+    files = {**template_file(), **_sampling(config), **budgets, **stored}
+    return files if resolution is None else {**files, **budgets}
+
+
+def _sampling(config: KeyeConfig) -> dict[str, dict[str, Any]]:
+    tokens = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": [config.eos_token_id, config.bos_token_id],
+        "pad_token_id": config.bos_token_id,  # Keye pads with <|endoftext|>, which is its bos token as well
     }
-    files.setdefault("preprocessor_config.json", dict(PUBLISHED_PREPROCESSOR))
-    files.setdefault(
-        "generation_config.json",
-        PUBLISHED_SAMPLING
-        | {
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": [config.eos_token_id, config.bos_token_id],
-            "pad_token_id": config.bos_token_id,  # Keye pads with <|endoftext|>, which is its bos token as well
-        },
-    )
-    for name in ("preprocessor_config.json", "tokenizer_config.json"):
-        path = files.get(name)
-        if isinstance(path, Path) and "auto_map" in (fields := read_json(path)):
-            files[name] = {key: value for key, value in fields.items() if key != "auto_map"}
-    return files
+    return {"generation_config.json": PUBLISHED_SAMPLING | tokens}
 
 
 def siglip_from_keye(vision: KeyeVisionConfig) -> SiglipVisionConfig:

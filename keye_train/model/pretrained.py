@@ -30,21 +30,6 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 
-# What stands beside the weights, so that an export can be used on its own.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
-
 NamedTensors = Iterable[tuple[str, Tensor]]
 ExtraFiles = Mapping[str, Path | dict[str, Any]]
 Gather = Callable[[nn.Parameter], AbstractContextManager[object]]

@@ -24,7 +24,6 @@ from keye_train.model.image_processor import ImageOptions, KeyeImageProcessor
 from keye_train.model.media import read_video
 from keye_train.model.media_options import (
     OPTION_NAMES,
-    PIXELS_PER_TOKEN,
     MediaRequest,
     media_options,
     video_limits,
@@ -32,6 +31,7 @@ from keye_train.model.media_options import (
 )
 from keye_train.model.messages import Medium, Pixels, split_media
 from keye_train.model.positions import grid_tokens
+from keye_train.model.processor_files import PROCESSOR, processor_fields, template_file
 from keye_train.model.processor_inputs import (
     PADDING_OPTIONS,
     PADS,
@@ -95,11 +95,7 @@ class KeyeProcessor(ProcessorMixin):
         cls, tokenizer: PreTrainedTokenizerBase, resolution: ResolutionSettings, **options: Any
     ) -> KeyeProcessor:
         """A processor with the budgets of a recipe; ``options`` as for the class."""
-        images = KeyeImageProcessor(
-            min_pixels=resolution.image_min_tokens * PIXELS_PER_TOKEN,
-            max_pixels=resolution.image_max_tokens * PIXELS_PER_TOKEN,
-        )
-        return cls(images, tokenizer, video=video_limits(resolution), **options)
+        return cls(KeyeImageProcessor.from_resolution(resolution), tokenizer, video=video_limits(resolution), **options)
 
     @property
     def resolution(self) -> ResolutionSettings:
@@ -145,10 +141,8 @@ class KeyeProcessor(ProcessorMixin):
         self.tokenizer._set_processor_class(type(self).__name__)
         self.tokenizer.save_pretrained(folder, save_jinja_files=False)
         self.image_processor.save_pretrained(folder)
-        written: dict[str, dict[str, Any]] = {
-            "chat_template.json": {"chat_template": self.chat_template},
-            "processor_config.json": {"processor_class": type(self).__name__, "video": self.video},
-        }
+        fields = processor_fields(self.video) | {"processor_class": type(self).__name__}
+        written = {**template_file(self.chat_template), PROCESSOR: fields}
         for name, content in written.items():
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if push_to_hub:
