@@ -35,16 +35,7 @@ from keye_train.model.convert_config import (
 )
 from keye_train.model.keye import KeyeForConditionalGeneration
 from keye_train.model.parameters import PACKING_TABLE
-from keye_train.model.pretrained import (
-    MAX_SHARD_BYTES,
-    ExtraFiles,
-    NamedTensors,
-    meta_dual_encoder,
-    read_config,
-    read_state,
-    save_export,
-    write_folder,
-)
+from keye_train.model.pretrained import meta_dual_encoder, read_config, save_export
 from keye_train.model.processor_files import PREPROCESSOR
 from keye_train.model.start import (
     CAPTION_DECODER,
@@ -55,6 +46,7 @@ from keye_train.model.start import (
     siglip_towers,
     without_tied_head,
 )
+from keye_train.model.weight_files import MAX_SHARD_BYTES, ExtraFiles, NamedTensors, read_state, write_folder
 from keye_train.settings import ResolutionSettings
 
 logger = logging.getLogger(__name__)
