@@ -35,7 +35,7 @@ from keye_train.model.convert_config import (
 )
 from keye_train.model.keye import KeyeForConditionalGeneration
 from keye_train.model.parameters import PACKING_TABLE
-from keye_train.model.pretrained import meta_dual_encoder, read_config, save_export
+from keye_train.model.pretrained import first_names, meta_dual_encoder, read_config, save_export
 from keye_train.model.processor_files import PREPROCESSOR
 from keye_train.model.start import (
     CAPTION_DECODER,
@@ -259,8 +259,9 @@ def _checked(
         result.parameters += tensor.numel()
         yield name, tensor if dtype is None else tensor.to(dtype)
     if missing:
-        shown = ", ".join(list(missing)[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise ValueError(f"{source}: {shown} missing: copy the checkpoint again, or take a whole one")
+        raise ValueError(
+            f"{source}: {first_names(list(missing))} missing: copy the checkpoint again, or take a whole one"
+        )
 
 
 def _write(

@@ -6,12 +6,13 @@ Whatever the sources compute and Keye does not is refused here, by the name of t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from transformers import Qwen3Config, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 
-from keye_train.model.configuration import KeyeConfig, KeyeVisionConfig
+from keye_train.model.configuration import SPECIAL_TOKENS, KeyeConfig, KeyeVisionConfig
 from keye_train.model.positions import PATCH_SIZE
 from keye_train.model.processor_files import (
     PREPROCESSOR,
@@ -21,44 +22,15 @@ from keye_train.model.processor_files import (
     template_file,
 )
 from keye_train.runs import read_json
-from keye_train.settings import ResolutionSettings
+from keye_train.settings import LanguageModelSettings, ResolutionSettings, VisionTowerSettings
 
-# Field of Keye's config.json -> its token, as Qwen3's and Keye's tokenizers name it
-TOKEN_FIELDS = {
-    "bos_token_id": "<|endoftext|>",
-    "eos_token_id": "<|im_end|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-    "vision_token_id": "<|vision_pad|>",
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-}
-VISION_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_channels",
-    "image_size",
-    "patch_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "attention_dropout",
+_TOWER = tuple(field.name for field in fields(VisionTowerSettings))
+_LANGUAGE = tuple(
+    field.name for field in fields(LanguageModelSettings) if field.name not in ("mrope_section", "rope_theta")
 )
-LANGUAGE_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-)
+# What SigLIP and Qwen3 call as Keye does: the shape, which a recipe sets as well, and what is fixed
+VISION_FIELDS = (*_TOWER, "num_channels", "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout")
+LANGUAGE_FIELDS = (*_LANGUAGE, "hidden_act")
 
 PUBLISHED_SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
 
@@ -76,9 +48,9 @@ def keye_from_sources(siglip: Path, qwen3: Path, tokenizer: Path, untie: bool = 
         ValueError: another kind of model, or a field that Keye cannot follow; the message names file and field.
     """
     vision, language = _vision_config(siglip), _qwen3_config(qwen3)
-    fields: dict[str, Any] = {name: getattr(language, name) for name in LANGUAGE_FIELDS}
+    values: dict[str, Any] = {name: getattr(language, name) for name in LANGUAGE_FIELDS}
     if untie:
-        fields["tie_word_embeddings"] = False
+        values["tie_word_embeddings"] = False
     tokens = special_token_ids(tokenizer)
     largest = max(tokens.values())
     if largest >= language.vocab_size:
@@ -86,13 +58,13 @@ def keye_from_sources(siglip: Path, qwen3: Path, tokenizer: Path, untie: bool = 
             f"{tokenizer / 'tokenizer.json'} has the id {largest}, but {qwen3} has {language.vocab_size} embeddings: "
             "choose the tokenizer that belongs to it"
         )
-    fields |= tokens
+    values |= tokens
     return KeyeConfig(
         architectures=["KeyeForConditionalGeneration"],
         vision_config=vision,
         max_window_layers=language.num_hidden_layers,
         rope_theta=float(dict(language.rope_parameters or {})["rope_theta"]),
-        **fields,
+        **values,
     )
 
 
@@ -107,10 +79,13 @@ def special_token_ids(tokenizer: Path) -> dict[str, int]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is absent: name the folder of Keye's tokenizer with --tokenizer")
     added = {token["content"]: token["id"] for token in read_json(path).get("added_tokens", [])}
-    for token in TOKEN_FIELDS.values():
+    found = {}
+    for token, name in SPECIAL_TOKENS.values():
         if token not in added:
             raise ValueError(f"{path} has no token {token}: name the folder of Keye's tokenizer with --tokenizer")
-    return {field: added[token] for field, token in TOKEN_FIELDS.items()}
+        if name is not None:
+            found[name] = added[token]
+    return found
 
 
 def published_files(folder: Path, config: KeyeConfig) -> dict[str, Path | dict[str, Any]]:
@@ -168,13 +143,13 @@ def siglip_from_towers(config: KeyeConfig) -> SiglipConfig:
 
 
 def _vision_config(folder: Path) -> KeyeVisionConfig:
-    path, fields = _read(folder)
-    kind = fields.get("model_type")
+    path, stored = _read(folder)
+    kind = stored.get("model_type")
     if kind == "siglip":
-        fields = fields.get("vision_config") or {}
+        stored = stored.get("vision_config") or {}
     elif kind != "siglip_vision_model":
         raise ValueError(f"{path} describes a model of type {kind}, not SigLIP: check --siglip")
-    theirs = SiglipVisionConfig(**{name: value for name, value in fields.items() if name in VISION_FIELDS})
+    theirs = SiglipVisionConfig(**{name: value for name, value in stored.items() if name in VISION_FIELDS})
     required = {
         "patch_size": PATCH_SIZE,
         "num_channels": 3,
@@ -182,7 +157,7 @@ def _vision_config(folder: Path) -> KeyeVisionConfig:
         "attention_dropout": 0.0,
     }
     _require(path, theirs, required)
-    if fields.get("vision_use_head") is False:
+    if stored.get("vision_use_head") is False:
         raise ValueError(f"{path} has vision_use_head=false: Keye's layout has the pooling head, take a whole SigLIP")
     if theirs.hidden_size % (4 * theirs.num_attention_heads):
         raise ValueError(
@@ -193,10 +168,10 @@ def _vision_config(folder: Path) -> KeyeVisionConfig:
 
 
 def _qwen3_config(folder: Path) -> Qwen3Config:
-    path, fields = _read(folder)
-    if fields.get("model_type") != "qwen3":
-        raise ValueError(f"{path} describes a model of type {fields.get('model_type')}, not qwen3: check --qwen3")
-    config = Qwen3Config(**fields)
+    path, stored = _read(folder)
+    if stored.get("model_type") != "qwen3":
+        raise ValueError(f"{path} describes a model of type {stored.get('model_type')}, not qwen3: check --qwen3")
+    config = Qwen3Config(**stored)
     required = {
         "hidden_act": "silu",
         "attention_bias": False,

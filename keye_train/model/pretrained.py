@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from keye_train.model.weight_files import MAX_SHARD_BYTES, ExtraFiles, NamedTens
 from keye_train.runs import read_json
 from keye_train.settings import CaptionDecoderSettings, TextTowerSettings
 
+Model = TypeVar("Model", bound=nn.Module)
 Gather = Callable[[nn.Parameter], AbstractContextManager[object]]
 
 
@@ -82,8 +84,13 @@ def require_all(model: nn.Module, filled: set[str], source: str, allowed: Callab
     """
     missing = [name for name, _ in model.named_parameters() if name not in filled and not allowed(name)]
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise ValueError(f"{source} lacks {shown}: check {setting_of(missing[0])}")
+        raise ValueError(f"{source} lacks {first_names(missing)}: check {setting_of(missing[0])}")
+
+
+def first_names(names: Sequence[str], limit: int = 5) -> str:
+    """The first few of them and how many more there are, for a message."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def load_export(folder: str | Path, dtype: torch.dtype | None = None) -> KeyeForConditionalGeneration:
@@ -98,10 +105,7 @@ def load_export(folder: str | Path, dtype: torch.dtype | None = None) -> KeyeFor
     config = read_config(folder, dtype)
     if config.architectures == ["DualEncoder"]:
         raise ValueError(f"{folder} is an export of Stage 0 (two towers): it has no language model")
-    model = empty_model(config)
-    filled = load_state(model, read_state(folder))
-    require_all(model, filled, str(folder), allowed=lambda name: False)
-    return model.eval()
+    return _filled(empty_model(config), folder)
 
 
 def empty_model(config: KeyeConfig, dtype: torch.dtype | None = None) -> KeyeForConditionalGeneration:
@@ -126,10 +130,15 @@ def load_dual_encoder(folder: str | Path, dtype: torch.dtype | None = None) -> D
     config = read_config(folder, dtype)
     if config.architectures != ["DualEncoder"]:
         raise ValueError(f"{folder} is not an export of Stage 0: its config.json has no text_tower")
-    model = meta_dual_encoder(config).to(config.dtype).to_empty(device="cpu")
+    return _filled(meta_dual_encoder(config).to(config.dtype).to_empty(device="cpu"), folder)
+
+
+def _filled(model: Model, folder: str | Path) -> Model:
+    """``model`` with every parameter from the export, in evaluation mode."""
     filled = load_state(model, read_state(folder))
     require_all(model, filled, str(folder), allowed=lambda name: False)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def meta_dual_encoder(config: KeyeConfig) -> DualEncoder:
