@@ -13,6 +13,6 @@ The story is one numbered chain; each arrow is a folder::
     9 batch         PackedInputs: input_ids [T], pixel_patches [P,3,14,14], ...   keye_train/data/collate.py
    10 model         patches -> tower -> projector -> language model       keye_train/model/
    11 step          loss over all labelled tokens of the global batch     keye_train/training/
-   12 export        official key names, safetensors                       keye_train/model/pretrained.py
+   12 export        official key names, safetensors                       keye_train/model/{pretrained,weight_files}.py
    13 merge         mean of exports                                       keye_train/merging/
 """

@@ -19,6 +19,7 @@ from keye_train.settings import (
     EvaluationSettings,
     MergeSettings,
     PipelineSettings,
+    ResolutionSettings,
     TrainSettings,
 )
 
@@ -162,6 +163,12 @@ def convert_parser() -> argparse.ArgumentParser:
     start.add_argument("--qwen3", required=True, help="layout of Qwen/Qwen3-8B, any size", **source)
     start.add_argument("--tokenizer", help="tokenizer and processor files of Keye (default: those of Qwen3)", **source)
     start.add_argument("--seed", type=int, default=0, help="of the projector (default: %(default)s)")
+    start.add_argument(
+        "--resolution",
+        metavar="RECIPE",
+        help="budgets of images and videos: a recipe of the group resolution, such as keye_v1 (default: those beside "
+        "the tokenizer, or of the first report)",
+    )
     start.add_argument("--untie", action="store_true", help="copy tied embeddings into an output matrix of its own")
     start.add_argument("--out", required=True, **source)
 
@@ -211,6 +218,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             tokenizer=arguments.tokenizer,
             seed=arguments.seed,
             untie=arguments.untie,
+            resolution=_resolution(arguments.resolution),
             options=options,
         )
     elif arguments.command == "import":
@@ -227,6 +235,10 @@ def _convert(arguments: argparse.Namespace) -> int:
         shown = ", ".join(result.dropped[:4]) + (", ..." if len(result.dropped) > 4 else "")
         print(f"dropped on purpose: {len(result.dropped)} ({shown})")
     return 0
+
+
+def _resolution(name: str | None) -> ResolutionSettings | None:
+    return None if name is None else compose.load_resolution(name, compose.recipes_folder())
 
 
 def _print_report(page: Path) -> int:

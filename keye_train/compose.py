@@ -20,7 +20,14 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from keye_train.settings import EvaluationSettings, MergeSettings, PipelineSettings, SettingsError, TrainSettings
+from keye_train.settings import (
+    EvaluationSettings,
+    MergeSettings,
+    PipelineSettings,
+    ResolutionSettings,
+    SettingsError,
+    TrainSettings,
+)
 
 T = TypeVar("T")
 
@@ -68,6 +75,19 @@ def load_settings(schema: type[T], primary: str, overrides: Sequence[str], recip
     """
     composed = compose_recipe(primary, overrides, recipes)
     return to_settings(schema, OmegaConf.to_container(composed, resolve=False))
+
+
+def load_resolution(name: str, recipes: str | None = None) -> ResolutionSettings:
+    """The budgets of a recipe of the group ``resolution``.
+
+    Raises:
+        SettingsError: there is no such recipe, or it is none.
+    """
+    known = choices("resolution", recipes)
+    if name not in known:
+        raise SettingsError(f"resolution={name}: there is no such recipe; choose one of {', '.join(known)}")
+    folder = Path(recipes) if recipes is not None else _installed_recipes()
+    return to_settings(ResolutionSettings, OmegaConf.load(folder / "resolution" / f"{name}.yaml"))
 
 
 def to_settings(schema: type[T], values: Any) -> T:

@@ -26,6 +26,7 @@ from keye_train.settings import (
     MergeSettings,
     PipelineRun,
     PipelineSettings,
+    SettingsError,
     TrainSettings,
 )
 
@@ -69,6 +70,7 @@ def run_pipeline(settings: PipelineSettings) -> int:
     clock = _Clock(settings)  # composes every stage: what cannot work stops here, before any of them has run
     if settings.merged:
         merge_settings(settings)
+        _check_merged_budgets(settings)
     evaluation_settings(settings)
     from keye_train.evaluation import evaluate
     from keye_train.merging import merge
@@ -189,6 +191,18 @@ def merge_settings(settings: PipelineSettings) -> MergeSettings:
         ],
         compose.recipes_folder(),
     )
+
+
+def _check_merged_budgets(settings: PipelineSettings) -> None:
+    """Raise SettingsError where the merge would refuse its models for their budgets, hours later."""
+    merged = settings.merged_runs()
+    budgets = {run.name: stage_settings(settings, run).data.resolution for run in settings.runs() if run.name in merged}
+    for name, resolution in budgets.items():
+        if resolution != budgets[merged[0]]:
+            raise SettingsError(
+                f"merged: {merged[0]} and {name} train with different budgets, and their average would have neither: "
+                "give both the same data.resolution"
+            )
 
 
 def evaluation_settings(settings: PipelineSettings) -> EvaluationSettings:

@@ -19,10 +19,9 @@ from typing import Any
 from rich.console import Console
 from tqdm import tqdm
 
-from keye_train.data.formats import parse_sample
 from keye_train.evaluation.exports import Export, compute_dtype, device
 from keye_train.evaluation.generate import generate_batch
-from keye_train.evaluation.heldout import Heldout, Question, fingerprint, read_drawn, read_tasks
+from keye_train.evaluation.heldout import Heldout, Question, Skipped, fingerprint, leave_out, read_drawn, read_tasks
 from keye_train.evaluation.loss import heldout_loss
 from keye_train.evaluation.results import results_table, summarise, task_result
 from keye_train.evaluation.retrieval import embed_pairs, retrieval_scores
@@ -116,17 +115,12 @@ def _read_heldouts(settings: EvaluationSettings) -> Heldouts:
             f"data={settings.data.name} has no held-out samples: set data.heldout, data.heldout_pairs or data.zeroshot"
         )
     tasks = read_tasks(settings.data, settings.samples_per_task, settings.seed)
-    pairs = []
+    pairs: list[Sample] = []
     if settings.data.heldout_pairs is not None:
-        for ref, members, error in read_drawn(
-            settings.data.heldout_pairs, settings.samples_per_task, settings.seed, name="pairs"
-        ):
-            try:
-                if error is not None:
-                    raise SampleError(error)
-                pairs.append(parse_sample(ref, members))
-            except SampleError as problem:
-                logger.warning("pairs: %s of %s is left out: %s", ref.key, ref.shard, problem)
+        drawn = read_drawn(
+            settings.data.heldout_pairs, settings.samples_per_task, settings.seed, "pairs", lambda sample: sample
+        )
+        pairs = [sample for sample in drawn if not isinstance(sample, Skipped)]
     zeroshot = read_zeroshot(settings.data, settings.samples_per_task, settings.seed)
     samples = [question.sample for heldout in tasks.values() for question in heldout.questions]
     classified = [sample for task in zeroshot.values() for sample in task.samples]
@@ -159,7 +153,7 @@ class _Evaluator:
         self._quiet = None if progress else True  # None: no bar where stderr is no terminal
         self._encoding_key = ""
         self._encoded: dict[str, list[Encoded]] = {}
-        self._skipped: dict[str, list[dict[str, str]]] = {}
+        self._skipped: dict[str, list[Skipped]] = {}
 
     def run(self, export: Export) -> dict[str, Any]:
         """All results of one model."""
@@ -194,7 +188,7 @@ class _Evaluator:
                 loss = heldout_loss(model, [one.whole for one in encoded], export.settings())
                 records = [_record(task, one.question, text) for one, text in zip(encoded, answers, strict=True)]
                 tasks[task] = task_result([one.question.target for one in encoded], [r["score"] for r in records], loss)
-                tasks[task]["skipped"] = self._skipped[task]
+                tasks[task]["skipped"] = [asdict(one) for one in self._skipped[task]]
                 samples += records
         return {"kind": "keye", "tasks": tasks, "samples": samples, "retrieval": None, "zeroshot": None}
 
@@ -208,9 +202,7 @@ class _Evaluator:
                     encoded = Encoded(question, processor.encode_prompt(sample), processor.encode(sample))
                     self._encoded[task].append(encoded)
                 except SampleError as error:
-                    logger.warning("%s: %s of %s is left out: %s", task, sample.ref.key, sample.ref.shard, error)
-                    reason = {"shard": sample.ref.shard, "key": sample.ref.key, "reason": str(error)}
-                    self._skipped[task].append(reason)
+                    self._skipped[task].append(leave_out(task, sample.ref, error))
             if not self._encoded[task]:
                 raise SettingsError(
                     f"data.heldout.{task}: none of its samples can be decoded; run keye-data check on its shards"
@@ -247,7 +239,7 @@ def _encode_pairs(processor: SampleEncoder, samples: Sequence[Sample], name: str
         try:
             pairs[number] = processor.encode_pair(sample)
         except SampleError as error:
-            logger.warning("%s: %s of %s is left out: %s", name, sample.ref.key, sample.ref.shard, error)
+            leave_out(name, sample.ref, error)
     return pairs
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from keye_train.data.index import file_sha256
+from keye_train.model.configuration import SPECIAL_TOKENS
 from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.runs import export_dir, read_json
 from keye_train.settings import (
@@ -48,21 +49,14 @@ class Export:
     def settings(self) -> ModelSettings:
         """The settings that processor and collation read: tokenizer, special tokens, vocabularies, caption length."""
         config = self.config
+        tokens = {name: config[token.field] for name, token in SPECIAL_TOKENS.items() if token.field}
+        tokens["pad"] = tokens["bos"]  # Keye pads with <|endoftext|>, which is its bos token as well
         text = config.get("text_tower") or {"vocab_size": config["vocab_size"]}
         return ModelSettings(
             name=self.name,
             tokenizer=str(self.folder),
             language=LanguageModelSettings(vocab_size=config["vocab_size"]),
-            special_tokens=SpecialTokenSettings(
-                bos=config["bos_token_id"],
-                eos=config["eos_token_id"],
-                pad=config["bos_token_id"],  # Keye pads with <|endoftext|>, which is its bos token as well
-                vision_start=config["vision_start_token_id"],
-                vision_end=config["vision_end_token_id"],
-                vision_pad=config["vision_token_id"],
-                image_pad=config["image_token_id"],
-                video_pad=config["video_token_id"],
-            ),
+            special_tokens=SpecialTokenSettings(**tokens),
             text_tower=TextTowerSettings(**text),
         )
 

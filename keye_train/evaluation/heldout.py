@@ -6,9 +6,10 @@ import hashlib
 import logging
 import shlex
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from keye_train.settings import DataSettings, SettingsError, SourceSettings
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Question:
@@ -29,6 +32,20 @@ class Question:
     sample: Sample
     target: Target
 
+    @classmethod
+    def of(cls, sample: Sample) -> Question:
+        """Raises SampleError where the sample does not say what it expects."""
+        return cls(sample, Target.of(sample))
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A held-out sample that is not asked."""
+
+    shard: str
+    key: str
+    reason: str
+
 
 @dataclass
 class Heldout:
@@ -36,7 +53,7 @@ class Heldout:
 
     task: str
     questions: list[Question] = field(default_factory=list)
-    skipped: list[dict[str, str]] = field(default_factory=list)  # shard, key, reason
+    skipped: list[Skipped] = field(default_factory=list)
 
 
 def read_tasks(data: DataSettings, samples_per_task: int, seed: int) -> dict[str, Heldout]:
@@ -51,16 +68,11 @@ def read_tasks(data: DataSettings, samples_per_task: int, seed: int) -> dict[str
     tasks = {}
     for task, source in data.heldout.items():
         heldout = Heldout(task)
-        for ref, members, error in read_drawn(source, samples_per_task, seed, name=task):
-            try:
-                if error is not None:
-                    raise SampleError(error)
-                sample = parse_sample(ref, members)
-                heldout.questions.append(Question(sample, Target.of(sample)))
-            except SampleError as problem:
-                heldout.skipped.append({"shard": ref.shard, "key": ref.key, "reason": str(problem)})
-        for skipped in heldout.skipped:
-            logger.warning("%s: %s of %s is left out: %s", task, skipped["key"], skipped["shard"], skipped["reason"])
+        for read in read_drawn(source, samples_per_task, seed, task, Question.of):
+            if isinstance(read, Skipped):
+                heldout.skipped.append(read)
+            else:
+                heldout.questions.append(read)
         if not heldout.questions:
             raise SettingsError(f"data.heldout.{task}: none of its samples can be asked; check {source.shards}")
         tasks[task] = heldout
@@ -68,16 +80,13 @@ def read_tasks(data: DataSettings, samples_per_task: int, seed: int) -> dict[str
 
 
 def read_drawn(
-    source: SourceSettings, count: int | None, seed: int, name: str
-) -> Iterator[tuple[SampleRef, dict[str, bytes], str | None]]:
-    """Draw ``count`` samples of a source without replacement; all of them where it has fewer or ``count`` is None.
-
-    Yields:
-        Reference, members of the tar (name without the key -> bytes), and why the sample cannot be read or None.
-    """
+    source: SourceSettings, count: int, seed: int, name: str, make: Callable[[Sample], T]
+) -> Iterator[T | Skipped]:
+    """Draw ``count`` samples of a source without replacement, or all of them where it has fewer; see ``read_rows``."""
     rows = shard_rows(source)
     draw = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    yield from read_rows((rows[number] for number in sorted(draw.permutation(len(rows))[:count].tolist())), name)
+    drawn = (rows[number] for number in sorted(draw.permutation(len(rows))[:count].tolist()))
+    yield from read_rows(drawn, name, make)
 
 
 def shard_rows(source: SourceSettings) -> list[tuple[str, int]]:
@@ -89,18 +98,33 @@ def shard_rows(source: SourceSettings) -> list[tuple[str, int]]:
     return [(shard, row) for shard in _indexed_shards(source) for row in range(len(read_columns(shard, ["key"])))]
 
 
-def read_rows(rows: Iterable[tuple[str, int]], name: str) -> Iterator[tuple[SampleRef, dict[str, bytes], str | None]]:
-    """The samples of some rows, one at a time; yields as ``read_drawn``."""
+def read_rows(rows: Iterable[tuple[str, int]], name: str, make: Callable[[Sample], T]) -> Iterator[T | Skipped]:
+    """The samples of some rows, one at a time and in order.
+
+    Args:
+        rows: (shard, row).
+        name: of the task.
+        make: turns a sample into what is yielded; its SampleErrors count as the sample's.
+    """
     reader = ShardReader()
     try:
         for shard, row in rows:
+            ref = SampleRef(name, shard, f"row {row}")
             try:
                 key, members = reader.read(shard, row)
-                yield SampleRef(name, shard, key), members, None
+                ref = SampleRef(name, shard, key)
+                made: T | Skipped = make(parse_sample(ref, members))
             except SampleError as error:
-                yield SampleRef(name, shard, f"row {row}"), {}, str(error)
+                made = leave_out(name, ref, error)
+            yield made
     finally:
         reader.close()
+
+
+def leave_out(task: str, ref: SampleRef, error: SampleError) -> Skipped:
+    """Log that a sample is not asked, and why."""
+    logger.warning("%s: %s of %s is left out: %s", task, ref.key, ref.shard, error)
+    return Skipped(ref.shard, ref.key, str(error))
 
 
 def fingerprint(samples: Iterable[Sample]) -> str:

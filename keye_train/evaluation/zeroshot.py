@@ -6,7 +6,6 @@ SigLIP do. Legend: N images, K classes, R prompts of a class, L caption tokens, 
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -18,16 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keye_train.data.formats import parse_sample
-from keye_train.evaluation.heldout import read_rows, shard_rows
+from keye_train.evaluation.heldout import Skipped, read_rows, shard_rows
 from keye_train.evaluation.retrieval import BATCH_PAIRS
 from keye_train.evaluation.scoring import interval
 from keye_train.model.dual_encoder import DualEncoder
 from keye_train.model.sample_encoder import SampleEncoder
-from keye_train.sample import Sample, SampleError, SampleRef
+from keye_train.sample import Sample
 from keye_train.settings import DataSettings, SettingsError, SourceSettings, ZeroshotSettings
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,13 +53,11 @@ def _read_task(name: str, settings: ZeroshotSettings, samples_per_task: int, see
     prompts = [[prompt.format(word) for prompt in settings.prompts for word in settings.classes[c]] for c in classes]
     rows = shard_rows(SourceSettings(settings.shards))
     found: list[tuple[tuple[str, int], int]] = []  # row and class; the media of a whole task would fill the memory
-    for row, (ref, members, error) in zip(rows, read_rows(rows, name), strict=True):
-        try:
-            sample = _sample(ref, members, error)
-        except SampleError as problem:
-            logger.warning("zeroshot.%s: %s of %s is left out: %s", name, ref.key, ref.shard, problem)
+    labels = read_rows(rows, f"zeroshot.{name}", lambda sample: _values(sample.meta, settings.label.split(".")))
+    for row, values in zip(rows, labels, strict=True):
+        if isinstance(values, Skipped):
             continue
-        shown = {str(value) for value in _values(sample.meta, settings.label.split("."))}
+        shown = {str(value) for value in values}
         if len(shown) == 1 and (label := shown.pop()) in settings.classes:
             found.append((row, classes.index(label)))
     if not found:
@@ -72,14 +66,11 @@ def _read_task(name: str, settings: ZeroshotSettings, samples_per_task: int, see
             f"'{settings.label}'; check label and classes against the samples' JSON"
         )
     order = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(len(found))[:samples_per_task]
-    drawn, labels = zip(*(found[number] for number in sorted(order.tolist())), strict=True)
-    return ZeroshotTask(classes, prompts, [_sample(*read) for read in read_rows(drawn, name)], list(labels))
-
-
-def _sample(ref: SampleRef, members: dict[str, bytes], error: str | None) -> Sample:
-    if error is not None:
-        raise SampleError(error)
-    return parse_sample(ref, members)
+    drawn = [found[number] for number in sorted(order.tolist())]
+    samples = read_rows((row for row, _ in drawn), f"zeroshot.{name}", lambda sample: sample)
+    # Read a moment ago; one that cannot be read now is left out with its class.
+    kept = [(one, label) for one, (_, label) in zip(samples, drawn, strict=True) if not isinstance(one, Skipped)]
+    return ZeroshotTask(classes, prompts, [one for one, _ in kept], [label for _, label in kept])
 
 
 def _values(record: Any, path: Sequence[str]) -> list[Any]:

@@ -39,9 +39,18 @@ TEXT_FILES = (
     "special_tokens_map.json",
     "chat_template.json",
     "chat_template.jinja",
-    "preprocessor_config.json",
 )
-"""Files that decide which ids and patches a weight has seen: the same in all models, or absent in all."""
+"""Files that decide which ids a weight has seen: the same in all models, or absent in all."""
+
+BUDGET_FILES = ("preprocessor_config.json", "processor_config.json")
+"""Files that decide which patches a weight has seen: budgets of images and of videos.
+
+The average of two models has no budgets of its own that would follow from theirs, and those of the first would be a
+silent guess. So they are the same, or the user says which ones the average shall have by giving all models that file.
+"""
+
+IGNORED_BUDGET_KEYS = frozenset({"auto_map", "image_processor_type", "processor_class"})
+"""Keys that say which class reads the file."""
 
 _ABSENT = "absent"
 
@@ -68,6 +77,7 @@ def differences(readers: Sequence[ExportReader]) -> list[str]:
         problems += _tensor_differences(first, other)
         problems += _config_differences(first.folder, other.folder)
         problems += _text_differences(first.folder, other.folder)
+        problems += _budget_differences(first.folder, other.folder)
     return problems
 
 
@@ -118,9 +128,13 @@ def _tensor_differences(first: ExportReader, other: ExportReader) -> list[str]:
 
 
 def _config_differences(first: Path, other: Path) -> list[str]:
-    left, right = (_flat(_read_config(folder)) for folder in (first, other))
+    left, right = (_flat(_read_config(folder), IGNORED_CONFIG_KEYS) for folder in (first, other))
+    return _field_differences(first / CONFIG, left, other / CONFIG, right)
+
+
+def _field_differences(first: Path, left: Mapping[str, str], other: Path, right: Mapping[str, str]) -> list[str]:
     return [
-        f"{other / CONFIG}: {key} is {right.get(key, _ABSENT)}, in {first / CONFIG} {left.get(key, _ABSENT)}"
+        f"{other}: {key} is {right.get(key, _ABSENT)}, in {first} {left.get(key, _ABSENT)}"
         for key in sorted(left.keys() | right.keys())
         if left.get(key, _ABSENT) != right.get(key, _ABSENT)
     ]
@@ -131,11 +145,30 @@ def _text_differences(first: Path, other: Path) -> list[str]:
     for name in TEXT_FILES:
         left, right = first / name, other / name
         if left.exists() != right.exists():
-            here, there = (left, right) if left.exists() else (right, left)
-            problems.append(f"{there}: is missing, but {here} exists")
+            problems.append(_missing(left, right))
         elif left.exists() and left.read_bytes() != right.read_bytes() and _json(left) != _json(right):
             problems.append(f"{right}: differs from {left}")
     return problems
+
+
+def _budget_differences(first: Path, other: Path) -> list[str]:
+    problems = []
+    for name in BUDGET_FILES:
+        left, right = pair = (first / name, other / name)
+        if left.exists() != right.exists():
+            found = [_missing(left, right)]
+        elif left.exists():
+            fields = [_flat(json.loads(path.read_text(encoding="utf-8")), IGNORED_BUDGET_KEYS) for path in pair]
+            found = _field_differences(left, fields[0], right, fields[1])
+        else:
+            found = []
+        problems += [f"{problem}; copy the {name} that the merge shall have into both" for problem in found]
+    return problems
+
+
+def _missing(left: Path, right: Path) -> str:
+    here, there = (left, right) if left.exists() else (right, left)
+    return f"{there}: is missing, but {here} exists"
 
 
 def _json(path: Path) -> object:
@@ -151,14 +184,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def _flat(config: Mapping[str, Any], ignored: frozenset[str], prefix: str = "") -> dict[str, str]:
     """Nested settings as dotted key -> JSON text, without the keys that do not matter."""
     flat: dict[str, str] = {}
     for key, value in config.items():
-        if key in IGNORED_CONFIG_KEYS:
+        if key in ignored:
             continue
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= _flat(value, ignored, f"{prefix}{key}.")
         else:
             flat[prefix + key] = json.dumps(value, sort_keys=True)
     return flat

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from keye_train.model.keye import KeyeForConditionalGeneration
     from keye_train.model.packed import IGNORE_INDEX, ContrastiveInputs, PackedInputs, VisionInputs
     from keye_train.model.parameters import compile_layers, enable_activation_checkpointing, module_parameters
-    from keye_train.model.pretrained import load_dual_encoder, load_export, load_state, read_state, save_export
+    from keye_train.model.pretrained import load_dual_encoder, load_export, load_state, save_export
     from keye_train.model.processor import KeyeProcessor
     from keye_train.model.start import initial_dual_encoder, initial_model
+    from keye_train.model.weight_files import read_state
 
 _HOMES = {
     "auto": ("register_auto_classes",),
@@ -32,9 +33,10 @@ _HOMES = {
     "keye": ("KeyeForConditionalGeneration",),
     "packed": ("IGNORE_INDEX", "ContrastiveInputs", "PackedInputs", "VisionInputs"),
     "parameters": ("compile_layers", "enable_activation_checkpointing", "module_parameters"),
-    "pretrained": ("load_dual_encoder", "load_export", "load_state", "read_state", "save_export"),
+    "pretrained": ("load_dual_encoder", "load_export", "load_state", "save_export"),
     "processor": ("KeyeProcessor",),
     "start": ("initial_dual_encoder", "initial_model"),
+    "weight_files": ("read_state",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
 from keye_train.settings import ModelSettings
+
+
+class SpecialToken(NamedTuple):
+    """A control token as the tokenizer writes it, and the field of config.json that holds its id."""
+
+    text: str
+    field: str | None  # None: config.json has none
+
+
+# Field of model.special_tokens -> token
+SPECIAL_TOKENS = {
+    "bos": SpecialToken("<|endoftext|>", "bos_token_id"),
+    "eos": SpecialToken("<|im_end|>", "eos_token_id"),
+    "pad": SpecialToken("<|endoftext|>", None),
+    "vision_start": SpecialToken("<|vision_start|>", "vision_start_token_id"),
+    "vision_end": SpecialToken("<|vision_end|>", "vision_end_token_id"),
+    "vision_pad": SpecialToken("<|vision_pad|>", "vision_token_id"),
+    "image_pad": SpecialToken("<|image_pad|>", "image_token_id"),
+    "video_pad": SpecialToken("<|video_pad|>", "video_token_id"),
+}
 
 
 class KeyeVisionConfig(PretrainedConfig):
@@ -121,35 +142,16 @@ class KeyeConfig(PretrainedConfig):
 
 def keye_config(settings: ModelSettings) -> KeyeConfig:
     """Configuration of the model that a recipe describes."""
-    language, vision, tokens = settings.language, settings.vision, settings.special_tokens
+    language = asdict(settings.language)  # fields of the same names, but for one
+    section = language.pop("mrope_section")
+    tokens = {
+        token.field: getattr(settings.special_tokens, name) for name, token in SPECIAL_TOKENS.items() if token.field
+    }
     return KeyeConfig(
         architectures=["KeyeForConditionalGeneration"],
-        vocab_size=language.vocab_size,
-        hidden_size=language.hidden_size,
-        intermediate_size=language.intermediate_size,
-        num_hidden_layers=language.num_hidden_layers,
-        num_attention_heads=language.num_attention_heads,
-        num_key_value_heads=language.num_key_value_heads,
-        head_dim=language.head_dim,
-        max_position_embeddings=language.max_position_embeddings,
-        max_window_layers=language.num_hidden_layers,
-        initializer_range=language.initializer_range,
-        rms_norm_eps=language.rms_norm_eps,
-        rope_theta=language.rope_theta,
-        rope_scaling={"type": "mrope", "mrope_section": list(language.mrope_section)},
-        tie_word_embeddings=language.tie_word_embeddings,
-        bos_token_id=tokens.bos,
-        eos_token_id=tokens.eos,
-        vision_start_token_id=tokens.vision_start,
-        vision_end_token_id=tokens.vision_end,
-        vision_token_id=tokens.vision_pad,
-        image_token_id=tokens.image_pad,
-        video_token_id=tokens.video_pad,
-        vision_config=KeyeVisionConfig(
-            hidden_size=vision.hidden_size,
-            intermediate_size=vision.intermediate_size,
-            num_hidden_layers=vision.num_hidden_layers,
-            num_attention_heads=vision.num_attention_heads,
-            image_size=vision.image_size,
-        ),
+        max_window_layers=settings.language.num_hidden_layers,
+        rope_scaling={"type": "mrope", "mrope_section": section},
+        vision_config=KeyeVisionConfig(**asdict(settings.vision)),
+        **language,
+        **tokens,
     )

@@ -28,22 +28,15 @@ from keye_train import runs
 from keye_train.model.configuration import KeyeConfig
 from keye_train.model.convert_config import (
     keye_from_sources,
-    processor_files,
+    published_files,
     siglip_from_keye,
     siglip_from_towers,
+    start_files,
 )
 from keye_train.model.keye import KeyeForConditionalGeneration
 from keye_train.model.parameters import PACKING_TABLE
-from keye_train.model.pretrained import (
-    MAX_SHARD_BYTES,
-    ExtraFiles,
-    NamedTensors,
-    meta_dual_encoder,
-    read_config,
-    read_state,
-    save_export,
-    write_folder,
-)
+from keye_train.model.pretrained import first_names, meta_dual_encoder, read_config, save_export
+from keye_train.model.processor_files import PREPROCESSOR
 from keye_train.model.start import (
     CAPTION_DECODER,
     NEW_IN_KEYE,
@@ -53,6 +46,8 @@ from keye_train.model.start import (
     siglip_towers,
     without_tied_head,
 )
+from keye_train.model.weight_files import MAX_SHARD_BYTES, ExtraFiles, NamedTensors, read_state, write_folder
+from keye_train.settings import ResolutionSettings
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +86,7 @@ def convert_start(
     tokenizer: Path | None = None,
     seed: int = 0,
     untie: bool = False,
+    resolution: ResolutionSettings | None = None,
     options: Options = Options(),
 ) -> Conversion:
     """Keye before its first training step: SigLIP's tower, Qwen3, and a projector drawn from ``seed``.
@@ -104,6 +100,7 @@ def convert_start(
         tokenizer: folder of Keye's tokenizer; None: Qwen3's.
         seed: of the projector.
         untie: copy tied embeddings into an output matrix of its own.
+        resolution: budgets of the processor; None: those of ``tokenizer``, or of the first report where it has none.
         options: data type, shards.
 
     Raises:
@@ -122,7 +119,7 @@ def convert_start(
     )
     state = _checked(sources, layout(config), f"{siglip} and {qwen3}", options.dtype, result)
     origin = {"siglip": str(siglip), "qwen3": str(qwen3), "seed": seed}
-    _write(state, config, result, options, "start", origin, processor_files(tokenizer, config))
+    _write(state, config, result, options, "start", origin, start_files(tokenizer, config, resolution))
     return result
 
 
@@ -135,7 +132,7 @@ def convert_import(source: Path, out: Path, options: Options = Options()) -> Con
     config = _language_config(source)
     result = Conversion(out)
     state = _checked(_weights(source, config, result), layout(config), str(source), options.dtype, result)
-    files = processor_files(source, config)
+    files = published_files(source, config)
     result.dropped += sorted(path.name for path in source.glob("*.py"))
     _write(state, config, result, options, "import", {"source": str(source)}, files)
     return result
@@ -166,7 +163,7 @@ def convert_export(
     config = _language_config(source)
     result = Conversion(out)
     state = _checked(_weights(source, config, result), layout(config), str(source), options.dtype, result)
-    files = processor_files(tokenizer or source, config)
+    files = published_files(tokenizer or source, config)
     if "tokenizer.json" not in files:
         raise FileNotFoundError(f"{tokenizer or source} has no tokenizer.json: name its folder with --tokenizer")
     if repository is not None:
@@ -176,13 +173,13 @@ def convert_export(
             "AutoModel": code,
             "AutoModelForCausalLM": code,
         }
-        processor = files["preprocessor_config.json"]
+        processor = files[PREPROCESSOR]
         fields = runs.read_json(processor) if isinstance(processor, Path) else dict(processor)
         fields["auto_map"] = {
             "AutoProcessor": f"{repository}--processing_keye.KeyeProcessor",
             "AutoImageProcessor": f"{repository}--image_processing_keye.SiglipImageProcessor",
         }
-        files = {**files, "preprocessor_config.json": fields}
+        files = {**files, PREPROCESSOR: fields}
     _write(state, config, result, options, "export", {"source": str(source)}, files)
     return result
 
@@ -262,8 +259,9 @@ def _checked(
         result.parameters += tensor.numel()
         yield name, tensor if dtype is None else tensor.to(dtype)
     if missing:
-        shown = ", ".join(list(missing)[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise ValueError(f"{source}: {shown} missing: copy the checkpoint again, or take a whole one")
+        raise ValueError(
+            f"{source}: {first_names(list(missing))} missing: copy the checkpoint again, or take a whole one"
+        )
 
 
 def _write(

@@ -6,63 +6,32 @@ Whatever the sources compute and Keye does not is refused here, by the name of t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from transformers import Qwen3Config, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 
-from keye_train.model.configuration import KeyeConfig, KeyeVisionConfig
+from keye_train.model.configuration import SPECIAL_TOKENS, KeyeConfig, KeyeVisionConfig
 from keye_train.model.positions import PATCH_SIZE
-from keye_train.model.pretrained import TOKENIZER_FILES
+from keye_train.model.processor_files import (
+    PREPROCESSOR,
+    PUBLISHED_PREPROCESSOR,
+    budget_files,
+    stored_files,
+    template_file,
+)
 from keye_train.runs import read_json
+from keye_train.settings import LanguageModelSettings, ResolutionSettings, VisionTowerSettings
 
-# Field of Keye's config.json -> its token, as Qwen3's and Keye's tokenizers name it
-TOKEN_FIELDS = {
-    "bos_token_id": "<|endoftext|>",
-    "eos_token_id": "<|im_end|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-    "vision_token_id": "<|vision_pad|>",
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-}
-VISION_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_channels",
-    "image_size",
-    "patch_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "attention_dropout",
+_TOWER = tuple(field.name for field in fields(VisionTowerSettings))
+_LANGUAGE = tuple(
+    field.name for field in fields(LanguageModelSettings) if field.name not in ("mrope_section", "rope_theta")
 )
-LANGUAGE_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-)
+# What SigLIP and Qwen3 call as Keye does: the shape, which a recipe sets as well, and what is fixed
+VISION_FIELDS = (*_TOWER, "num_channels", "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout")
+LANGUAGE_FIELDS = (*_LANGUAGE, "hidden_act")
 
-PUBLISHED_PREPROCESSOR: Mapping[str, Any] = {
-    "min_pixels": 3136,
-    "max_pixels": 1003520,
-    "patch_size": 14,
-    "temporal_patch_size": 1,
-    "merge_size": 2,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "processor_class": "KeyeProcessor",
-}
 PUBLISHED_SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
 
 
@@ -79,9 +48,9 @@ def keye_from_sources(siglip: Path, qwen3: Path, tokenizer: Path, untie: bool = 
         ValueError: another kind of model, or a field that Keye cannot follow; the message names file and field.
     """
     vision, language = _vision_config(siglip), _qwen3_config(qwen3)
-    fields: dict[str, Any] = {name: getattr(language, name) for name in LANGUAGE_FIELDS}
+    values: dict[str, Any] = {name: getattr(language, name) for name in LANGUAGE_FIELDS}
     if untie:
-        fields["tie_word_embeddings"] = False
+        values["tie_word_embeddings"] = False
     tokens = special_token_ids(tokenizer)
     largest = max(tokens.values())
     if largest >= language.vocab_size:
@@ -89,13 +58,13 @@ def keye_from_sources(siglip: Path, qwen3: Path, tokenizer: Path, untie: bool = 
             f"{tokenizer / 'tokenizer.json'} has the id {largest}, but {qwen3} has {language.vocab_size} embeddings: "
             "choose the tokenizer that belongs to it"
         )
-    fields |= tokens
+    values |= tokens
     return KeyeConfig(
         architectures=["KeyeForConditionalGeneration"],
         vision_config=vision,
         max_window_layers=language.num_hidden_layers,
         rope_theta=float(dict(language.rope_parameters or {})["rope_theta"]),
-        **fields,
+        **values,
     )
 
 
@@ -110,35 +79,43 @@ def special_token_ids(tokenizer: Path) -> dict[str, int]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is absent: name the folder of Keye's tokenizer with --tokenizer")
     added = {token["content"]: token["id"] for token in read_json(path).get("added_tokens", [])}
-    for token in TOKEN_FIELDS.values():
+    found = {}
+    for token, name in SPECIAL_TOKENS.values():
         if token not in added:
             raise ValueError(f"{path} has no token {token}: name the folder of Keye's tokenizer with --tokenizer")
-    return {field: added[token] for field, token in TOKEN_FIELDS.items()}
+        if name is not None:
+            found[name] = added[token]
+    return found
 
 
-def processor_files(folder: Path, config: KeyeConfig) -> dict[str, Path | dict[str, Any]]:
-    """Tokenizer and processor files of a folder; the two that follow from the model alone are made where they lack.
+def published_files(folder: Path, config: KeyeConfig) -> dict[str, Path | dict[str, Any]]:
+    """Files beside the weights from a folder; the two that the published layout needs are made where they lack."""
+    return {PREPROCESSOR: dict(PUBLISHED_PREPROCESSOR), **_sampling(config), **stored_files(folder)}
 
-    ``auto_map`` is left out of them, as out of config.json.
+
+def start_files(
+    tokenizer: Path, config: KeyeConfig, resolution: ResolutionSettings | None
+) -> dict[str, Path | dict[str, Any]]:
+    """Files beside the weights of a model before its training.
+
+    Args:
+        tokenizer: folder of the tokenizer.
+        config: of the model.
+        resolution: budgets; None: those in the tokenizer's folder, or of the first report where it has none.
     """
-    files: dict[str, Path | dict[str, Any]] = {
-        name: folder / name for name in TOKENIZER_FILES if (folder / name).exists()
+    budgets = budget_files(resolution or ResolutionSettings())
+    stored = stored_files(tokenizer)
+    files = {**template_file(), **_sampling(config), **budgets, **stored}
+    return files if resolution is None else {**files, **budgets}
+
+
+def _sampling(config: KeyeConfig) -> dict[str, dict[str, Any]]:
+    tokens = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": [config.eos_token_id, config.bos_token_id],
+        "pad_token_id": config.bos_token_id,  # Keye pads with <|endoftext|>, which is its bos token as well
     }
-    files.setdefault("preprocessor_config.json", dict(PUBLISHED_PREPROCESSOR))
-    files.setdefault(
-        "generation_config.json",
-        PUBLISHED_SAMPLING
-        | {
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": [config.eos_token_id, config.bos_token_id],
-            "pad_token_id": config.bos_token_id,  # Keye pads with <|endoftext|>, which is its bos token as well
-        },
-    )
-    for name in ("preprocessor_config.json", "tokenizer_config.json"):
-        path = files.get(name)
-        if isinstance(path, Path) and "auto_map" in (fields := read_json(path)):
-            files[name] = {key: value for key, value in fields.items() if key != "auto_map"}
-    return files
+    return {"generation_config.json": PUBLISHED_SAMPLING | tokens}
 
 
 def siglip_from_keye(vision: KeyeVisionConfig) -> SiglipVisionConfig:
@@ -166,13 +143,13 @@ def siglip_from_towers(config: KeyeConfig) -> SiglipConfig:
 
 
 def _vision_config(folder: Path) -> KeyeVisionConfig:
-    path, fields = _read(folder)
-    kind = fields.get("model_type")
+    path, stored = _read(folder)
+    kind = stored.get("model_type")
     if kind == "siglip":
-        fields = fields.get("vision_config") or {}
+        stored = stored.get("vision_config") or {}
     elif kind != "siglip_vision_model":
         raise ValueError(f"{path} describes a model of type {kind}, not SigLIP: check --siglip")
-    theirs = SiglipVisionConfig(**{name: value for name, value in fields.items() if name in VISION_FIELDS})
+    theirs = SiglipVisionConfig(**{name: value for name, value in stored.items() if name in VISION_FIELDS})
     required = {
         "patch_size": PATCH_SIZE,
         "num_channels": 3,
@@ -180,7 +157,7 @@ def _vision_config(folder: Path) -> KeyeVisionConfig:
         "attention_dropout": 0.0,
     }
     _require(path, theirs, required)
-    if fields.get("vision_use_head") is False:
+    if stored.get("vision_use_head") is False:
         raise ValueError(f"{path} has vision_use_head=false: Keye's layout has the pooling head, take a whole SigLIP")
     if theirs.hidden_size % (4 * theirs.num_attention_heads):
         raise ValueError(
@@ -191,10 +168,10 @@ def _vision_config(folder: Path) -> KeyeVisionConfig:
 
 
 def _qwen3_config(folder: Path) -> Qwen3Config:
-    path, fields = _read(folder)
-    if fields.get("model_type") != "qwen3":
-        raise ValueError(f"{path} describes a model of type {fields.get('model_type')}, not qwen3: check --qwen3")
-    config = Qwen3Config(**fields)
+    path, stored = _read(folder)
+    if stored.get("model_type") != "qwen3":
+        raise ValueError(f"{path} describes a model of type {stored.get('model_type')}, not qwen3: check --qwen3")
+    config = Qwen3Config(**stored)
     required = {
         "hidden_act": "silu",
         "attention_bias": False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypedDict
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import ImageProcessingMixin
 
 from keye_train.model.media import read_image
-from keye_train.model.media_options import PIXELS_PER_TOKEN, media_options
+from keye_train.model.media_options import PIXELS_PER_TOKEN, image_limits, media_options
 from keye_train.model.messages import Medium, Pixels
 from keye_train.model.positions import MERGE_SIZE, PATCH_SIZE
 from keye_train.model.processor_inputs import listed_images, media_arrays
@@ -73,16 +74,18 @@ class KeyeImageProcessor(ImageProcessingMixin):
         self.patch_size, self.temporal_patch_size, self.merge_size = patch_size, temporal_patch_size, merge_size
         self.image_mean, self.image_std = list(image_mean), list(image_std)
 
+    @classmethod
+    def from_resolution(cls, resolution: ResolutionSettings) -> KeyeImageProcessor:
+        """One with the budgets of a recipe; ``resolution`` gives them back."""
+        limits = image_limits(resolution)
+        return cls(min_pixels=limits["min_pixels"], max_pixels=limits["max_pixels"])
+
     def resolution(self, base: ResolutionSettings | None = None) -> ResolutionSettings:
         """``base`` with the limits of an image from here."""
-        limits = media_options({"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}, MediaKind.image)
-        asked = base or ResolutionSettings()
-        return ResolutionSettings(
-            **{
-                **vars(asked),
-                "image_min_tokens": -(-limits["min_pixels"] // PIXELS_PER_TOKEN),
-                "image_max_tokens": max(1, limits["max_pixels"] // PIXELS_PER_TOKEN),
-            }
+        return replace(
+            base or ResolutionSettings(),
+            image_min_tokens=-(-self.min_pixels // PIXELS_PER_TOKEN),
+            image_max_tokens=max(1, self.max_pixels // PIXELS_PER_TOKEN),
         )
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:

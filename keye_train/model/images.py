@@ -119,11 +119,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
         levels = np.clip(np.asarray(image), 0, 65535) >> 8
         return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(image, mask=image.getchannel("A"))
-        return white
+        return on_white(image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An RGBA picture laid on white: RGB."""
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image, mask=image.getchannel("A"))
+    return white
 
 
 def resize_to_grid(image: Image.Image, grid: Grid) -> np.ndarray:

@@ -136,6 +136,14 @@ _VIDEO_LIMITS = {
 }
 
 
+def image_limits(resolution: ResolutionSettings) -> dict[str, int]:
+    """The limits of an image in the names and units of ``MediaOptions``."""
+    return {
+        "min_pixels": resolution.image_min_tokens * PIXELS_PER_TOKEN,
+        "max_pixels": resolution.image_max_tokens * PIXELS_PER_TOKEN,
+    }
+
+
 def video_limits(resolution: ResolutionSettings) -> dict[str, float]:
     """The limits of videos in the names and units of ``MediaOptions``."""
     return {name: getattr(resolution, field) * unit for name, (field, unit) in _VIDEO_LIMITS.items()}

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from keye_train.model.images import to_patches
+from keye_train.model.images import on_white, to_patches
 from keye_train.model.media_options import MediaOptions
 from keye_train.model.positions import PATCH_SIZE, Grid
 from keye_train.model.published import (
@@ -38,12 +38,7 @@ def fetch_image(image: Image.Image, options: MediaOptions) -> Image.Image:
     Raises:
         ValueError: sides that differ by more than 200 : 1.
     """
-    if image.mode == "RGBA":
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(image, mask=image.getchannel("A"))
-        image = white
-    else:
-        image = image.convert("RGB")
+    image = on_white(image) if image.mode == "RGBA" else image.convert("RGB")
     if "resized_height" in options and "resized_width" in options:
         asked, limits = (options["resized_height"], options["resized_width"]), (IMAGE_MIN_PIXELS, IMAGE_MAX_PIXELS)
     else:

@@ -22,6 +22,7 @@ from keye_train.model.chat import (
     media_slots,
     parse_turns,
 )
+from keye_train.model.configuration import SPECIAL_TOKENS
 from keye_train.model.images import decode_image
 from keye_train.model.media_options import MediaOptions
 from keye_train.model.messages import Medium
@@ -30,18 +31,6 @@ from keye_train.model.positions import PATCH_SIZE, Grid, grid_tokens, sample_pos
 from keye_train.model.video_torchcodec import checked_backend
 from keye_train.sample import MediaKind, Sample, SampleError, SampleRef
 from keye_train.settings import ModelSettings, ResolutionSettings, SettingsError, VideoBackend
-
-# Field of model.special_tokens -> the token it stands for
-SPECIAL_TOKENS = {
-    "bos": "<|endoftext|>",
-    "eos": "<|im_end|>",
-    "pad": "<|endoftext|>",
-    "vision_start": "<|vision_start|>",
-    "vision_end": "<|vision_end|>",
-    "vision_pad": "<|vision_pad|>",
-    "image_pad": "<|image_pad|>",
-    "video_pad": "<|video_pad|>",
-}
 
 
 @dataclass(frozen=True)
@@ -222,7 +211,7 @@ def _load(loader: Any, folder: str, setting: str) -> PreTrainedTokenizerBase:
 
 def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, model: ModelSettings) -> None:
     vocabulary = tokenizer.get_vocab()
-    for name, token in SPECIAL_TOKENS.items():
+    for name, (token, _) in SPECIAL_TOKENS.items():
         if token not in vocabulary:
             raise SettingsError(f"model.tokenizer={model.tokenizer} has no token {token}")
         wanted = getattr(model.special_tokens, name)

@@ -16,9 +16,10 @@ from keye_train.model.dual_encoder import DualEncoder
 from keye_train.model.initialization import initialize_weights
 from keye_train.model.keye import KeyeForConditionalGeneration
 from keye_train.model.parameters import PACKING_TABLE
-from keye_train.model.pretrained import NamedTensors, empty_model, list_tensors, load_state, read_state, require_all
+from keye_train.model.pretrained import empty_model, load_state, require_all
 from keye_train.model.projector import Projector
 from keye_train.model.vision import PACKING_POSITIONS
+from keye_train.model.weight_files import NamedTensors, list_tensors, read_state
 from keye_train.runs import read_json
 from keye_train.settings import ModelSettings
 

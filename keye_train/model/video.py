@@ -135,8 +135,13 @@ def frames_taken(seconds: Sequence[float], request: MediaRequest) -> list[int]:
 def upright(frame: av.VideoFrame) -> Image.Image:
     """RGB picture of a frame, turned as its display matrix says."""
     image = frame.to_image()
-    quarter_turns = round(frame.rotation / 90) % 4  # counter-clockwise
-    return image.rotate(90 * quarter_turns, expand=True) if quarter_turns else image
+    turns = _quarter_turns(frame)
+    return image.rotate(90 * turns, expand=True) if turns else image
+
+
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    """Counter-clockwise, 0 to 3: what the display matrix asks for."""
+    return round(frame.rotation / 90) % 4
 
 
 def _cut(frames: Iterable[Image.Image], request: MediaRequest, times_s: list[float]) -> DecodedVideo:
@@ -270,9 +275,9 @@ def _upright_size(context: av.VideoCodecContext, packets: list[av.Packet]) -> tu
         for frame in context.decode(packet):
             _check_frame(frame)
             context.flush_buffers()
-            quarter_turns = round(frame.rotation / 90) % 4
-            width, height = (frame.height, frame.width) if quarter_turns % 2 else (frame.width, frame.height)
-            return width, height, quarter_turns != 0
+            turns = _quarter_turns(frame)
+            width, height = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
+            return width, height, turns != 0
     raise SampleError("broken video: no frame can be decoded")
 
 

@@ -20,9 +20,9 @@ from keye_train.settings.model import (
     VisionTowerSettings,
 )
 from keye_train.settings.tasks import (
+    AnswerSettings,
     EvaluationSettings,
     MergeSettings,
-    PipelineEvaluationSettings,
     PipelineRun,
     PipelineSettings,
     PipelineStageSettings,
@@ -40,6 +40,7 @@ from keye_train.settings.training import (
 
 __all__ = [
     "MODULES",
+    "AnswerSettings",
     "CaptionDecoderSettings",
     "CheckpointSettings",
     "DataSettings",
@@ -53,7 +54,6 @@ __all__ = [
     "ModuleRateSettings",
     "Objective",
     "OptimizerSettings",
-    "PipelineEvaluationSettings",
     "PipelineRun",
     "PipelineSettings",
     "PipelineStageSettings",

@@ -41,17 +41,23 @@ class MergeSettings:
 
 
 @dataclass
-class EvaluationSettings:
+class AnswerSettings:
+    """How held-out samples are drawn and answered."""
+
+    samples_per_task: int = 100
+    batch_size: int = 32
+    max_new_tokens: int = 48
+    seed: int = 0
+
+
+@dataclass(kw_only=True)  # required keys may follow those with a value
+class EvaluationSettings(AnswerSettings):
     """One run of ``keye-eval``."""
 
     models: list[str]
     """Run folders or exports; each is named after its folder."""
     data: DataSettings
     out: str
-    samples_per_task: int = 100
-    batch_size: int = 32
-    max_new_tokens: int = 48
-    seed: int = 0
 
     def named_models(self) -> dict[str, str]:
         """Name in the tables -> run folder or export.
@@ -104,16 +110,6 @@ class PipelineRun:
 
 
 @dataclass
-class PipelineEvaluationSettings:
-    """What the pipeline passes on to the evaluation."""
-
-    samples_per_task: int = 100
-    batch_size: int = 32
-    max_new_tokens: int = 48
-    seed: int = 0
-
-
-@dataclass
 class PipelineSettings:
     """The chain stage 0 -> 1 -> 2 -> 3 x K -> merge -> evaluate -> report."""
 
@@ -136,7 +132,8 @@ class PipelineSettings:
     """Overrides that every stage gets."""
     merge_overrides: list[str] = field(default_factory=list)
     """Overrides that the merge gets, e.g. ``weights=[0.5,0.3,0.2]`` with merge_recipe=weighted."""
-    evaluation: PipelineEvaluationSettings = field(default_factory=PipelineEvaluationSettings)
+    evaluation: AnswerSettings = field(default_factory=AnswerSettings)
+    """What the pipeline passes on to the evaluation."""
 
     def runs(self) -> list[PipelineRun]:
         """Every run in order, with branches written out."""

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from keye_train import runs
 from keye_train.model.configuration import KeyeConfig
-from keye_train.model.pretrained import TOKENIZER_FILES, save_export
+from keye_train.model.pretrained import save_export
+from keye_train.model.processor_files import trained_files
 from keye_train.model.start import initial_model
 from keye_train.settings import Precision, TrainSettings
 from keye_train.training.checkpoint import TensorReader
@@ -38,8 +39,9 @@ def write_export(engine: Engine, config: KeyeConfig, settings: TrainSettings, ru
     parent = None if settings.parent is None else TensorReader(runs.export_dir(settings.parent))
     dtype = _dtype(settings, parent)
     tensors = _tensors(engine, parent, dtype)
+    files = trained_files(Path(settings.model.tokenizer), settings.data.resolution)
     if world.is_main:
-        save_export(tensors, config, folder, extra_files=_tokenizer_files(settings))
+        save_export(tensors, config, folder, extra_files=files)
         logger.info("model exported to %s", folder)
     else:
         for _ in tensors:
@@ -52,24 +54,21 @@ def write_start(settings: TrainSettings, folder: Path) -> Path:
     """Export the model as it stands before any training: what a chain is compared with.
 
     Its weights come from ``model.start`` and the seed, as those of the first language stage do. Kept when it is there
-    and of the same model and seed.
+    and of the same model, seed and budgets.
 
     Returns:
         The export's folder, ``folder / export``.
     """
     export = folder / runs.EXPORT
-    made_from = {"model": asdict(settings.model), "seed": settings.seed}
+    resolution = settings.data.resolution
+    made_from = {"model": asdict(settings.model), "seed": settings.seed, "resolution": asdict(resolution)}
     origin = folder / "origin.json"
     if not (origin.exists() and runs.read_json(origin) == made_from):
         model = initial_model(settings.model, settings.seed)
-        save_export(model.state_dict().items(), model.config, export, extra_files=_tokenizer_files(settings))
+        files = trained_files(Path(settings.model.tokenizer), resolution)
+        save_export(model.state_dict().items(), model.config, export, extra_files=files)
         runs.write_json_atomic(origin, made_from)
     return export
-
-
-def _tokenizer_files(settings: TrainSettings) -> dict[str, Path]:
-    tokenizer = Path(settings.model.tokenizer)
-    return {name: tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).exists()}
 
 
 def _tensors(engine: Engine, parent: TensorReader | None, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -146,6 +146,23 @@ class TestRefusal:
         assert not (tmp_path / "out").exists()
         assert leftovers(tmp_path) == []
 
+    def test_budgets_must_agree_and_who_wrote_them_does_not_matter(self, export: Export, tmp_path: Path) -> None:
+        """The average would otherwise read pictures with the first model's budgets, silently."""
+        folders = [export(name, tensors_of(number)) for number, name in enumerate("ab")]
+        for folder, writer in zip(folders, ("image_processor_type", "auto_map"), strict=True):
+            (folder / "preprocessor_config.json").write_text(json.dumps({"max_pixels": 784, writer: "x"}))
+            (folder / "processor_config.json").write_text(json.dumps({"video": {"fps": 2.0}}))
+        out = run(folders, tmp_path / "same")
+        assert json.loads((out / "processor_config.json").read_text()) == {"video": {"fps": 2.0}}
+        (folders[1] / "processor_config.json").write_text(json.dumps({"video": {"fps": 1.0}}))
+        (folders[0] / "preprocessor_config.json").unlink()
+        with pytest.raises(MergeError) as caught:
+            run(folders, tmp_path / "other")
+        missing, differs = caught.value.problems
+        assert "a/preprocessor_config.json: is missing" in missing
+        assert "b/processor_config.json: video.fps is 1.0, in" in differs
+        assert "copy the processor_config.json that the merge shall have" in differs
+
     def test_all_values_that_are_not_finite_are_listed(self, export: Export, tmp_path: Path) -> None:
         a, b = tensors_of(0), tensors_of(1)
         a["model.c"][0, 0, 0] = float("inf")

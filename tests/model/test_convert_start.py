@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toy_sources import SIDE, pictures, recipe, write_qwen3
 from transformers import (
+    AutoProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     SiglipModel,
@@ -21,6 +22,8 @@ from transformers import (
 )
 
 import keye_train.model.auto  # noqa: F401 (registers Keye)
+from keye_train.cli import convert_main
+from keye_train.compose import load_resolution
 from keye_train.model import (
     KeyeConfig,
     VisionInputs,
@@ -92,6 +95,19 @@ class TestStart:
         for name, value in converted.items():
             assert torch.equal(value, trained[name]), name
         assert load_export(start).config.to_dict() == keye_config(settings).to_dict() | {"torch_dtype": "float32"}
+
+    def test_the_budgets_are_those_asked_for_or_the_tokenizers_or_of_the_first_report(
+        self, start: Path, siglip: Path, qwen3: Path, tokenizer: Path, tmp_path: Path
+    ) -> None:
+        arguments = ["start", "--siglip", str(siglip), "--qwen3", str(qwen3), "--resolution", "keye_1_5"]
+        with pytest.raises(SystemExit) as ended:
+            convert_main([*arguments, "--tokenizer", str(tokenizer), "--out", str(tmp_path / "asked")])
+        assert ended.value.code == 0
+        convert_start(siglip, qwen3, tmp_path / "kept", tokenizer=tmp_path / "asked")
+        asked = AutoProcessor.from_pretrained(tmp_path / "asked").resolution
+        assert asked == load_resolution("keye_1_5")
+        assert AutoProcessor.from_pretrained(tmp_path / "kept").resolution == asked
+        assert AutoProcessor.from_pretrained(start).resolution == load_resolution("keye_v1") != asked
 
     def test_the_seed_draws_the_projector_only(
         self, start: Path, siglip: Path, qwen3: Path, tokenizer: Path, tmp_path: Path

@@ -110,6 +110,14 @@ def test_an_interrupt_behind_a_launcher_is_not_taken_for_a_failure(tmp_path: Pat
     assert list((tmp_path / "runs" / "interrupted" / "stage0" / "checkpoints").glob("step-*"))
 
 
+def test_branches_that_could_not_be_merged_stop_the_chain_before_it_begins(tmp_path: Path) -> None:
+    more = 'stages.stage3.overrides=["data.resolution.image_max_tokens=9"]'
+    done = _run(tmp_path, more, "merged=[stage2,stage3]")
+    assert done.returncode != 0
+    assert "stage2 and stage3_anneal_a train with different budgets" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failing_part_stops_the_chain_and_says_so(chain: Path) -> None:
     done = _run(chain, "out=runs/broken", "prepare=[keye-data,stats,nowhere-*.tar]")
     assert done.returncode != 0
