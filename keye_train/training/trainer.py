@@ -86,7 +86,7 @@ class Trainer:
         settings.gradient_accumulation(world.size)  # refuses a world size that does not divide the global batch
         self.plan = Plan.from_settings(settings, flop_cost(keye_config(settings.model), self.stage.objective))
         self.processor = SampleEncoder.from_settings(
-            settings.model, settings.data.resolution, settings.data.video_backend
+            settings.model, settings.data.resolution, settings.data.video_backend, settings.data.scaled_jpeg
         )
         found = checkpoint.newest_whole(self.run_dir, world)
         self.state = found.state if found else TrainState(0, 0, self.plan.start().to_json())
