@@ -115,7 +115,7 @@ class Corpus:
         return cls(opened, resolution)
 
     def fingerprint(self) -> str:
-        """sha256 over sources, shard checksums, resolution and quarantine. The same data elsewhere have the same fingerprint."""
+        """sha256 over sources, shard checksums, resolution and quarantine; the same for the same data elsewhere."""
         digest = hashlib.sha256(repr(sorted(asdict(self.resolution).items())).encode())
         for name, source in self.sources.items():
             shards = [(header.rows, header.shard_bytes, header.sha256, header.tokenizer) for header in source.headers]
