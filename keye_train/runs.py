@@ -7,6 +7,7 @@
       manifest.json          parents, recipe, seed, data fingerprint, versions, commit, status
       metrics.jsonl          one line a step
       ledger.jsonl           one line for every sample that was planned and not trained on
+      trained.jsonl          one line a step: how many samples it trained on, and their digest
       checkpoints/step-N/    state of the training, whole or absent
       export/                the model in the official layout, with a manifest of its own
 """
@@ -24,6 +25,7 @@ RECIPE = "recipe.yaml"
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
+TRAINED = "trained.jsonl"
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"
 

@@ -25,6 +25,7 @@ class LoadedPack:
     tokens: int  # language tokens (pairs: caption tokens, padding included) that were really read
     patches: int  # vision patches that were really read
     fill: float  # planned tokens / stage.max_tokens
+    digest: int = 0  # of the samples that were read, see data.digest
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -85,6 +85,7 @@ class Corpus:
     def __init__(self, sources: Mapping[str, Source], resolution: ResolutionSettings) -> None:
         self.sources = dict(sorted(sources.items()))
         self.resolution = resolution
+        self.quarantine: str | None = None  # fingerprint of the samples that are left out, see data.quarantine
 
     @classmethod
     def open(
@@ -114,11 +115,13 @@ class Corpus:
         return cls(opened, resolution)
 
     def fingerprint(self) -> str:
-        """sha256 over sources, shard checksums and resolution. The same data elsewhere have the same fingerprint."""
+        """sha256 over sources, shard checksums, resolution and quarantine; the same for the same data elsewhere."""
         digest = hashlib.sha256(repr(sorted(asdict(self.resolution).items())).encode())
         for name, source in self.sources.items():
             shards = [(header.rows, header.shard_bytes, header.sha256, header.tokenizer) for header in source.headers]
             digest.update(repr((name, shards)).encode())
+        if self.quarantine is not None:
+            digest.update(self.quarantine.encode())
         return digest.hexdigest()
 
 

@@ -1,15 +1,22 @@
-"""The account of every sample that was planned and not trained on, and the limit on how many there may be."""
+"""The account of every planned sample: a line for each that was skipped, a line for each step about the others.
+
+``audit`` holds both against the plan. Here is also the limit on how many samples a run may skip.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from keye_train.data.loader import StepData
-from keye_train.data.plan import OVER_BUDGET
-from keye_train.runs import LEDGER, keep_rows_until, read_jsonl
+from keye_train.data.plan import OVER_BUDGET, Plan
+from keye_train.data.quarantine import QUARANTINED
+from keye_train.runs import LEDGER, TRAINED, keep_rows_until, read_jsonl
+from keye_train.settings import DataSettings
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +41,7 @@ def _paths(run_dir: str | Path) -> list[Path]:
 
 
 class Ledger:
-    """Writes one line for each skipped sample: step, source, shard, key, reason."""
+    """Writes one line for each skipped sample: step, source, shard, key, reason. Rank 0 closes each step."""
 
     def __init__(self, run_dir: str | Path, rank: int, world_size: int = 1, first_step: int = 0) -> None:
         """Open the ledger of one rank.
@@ -54,6 +61,10 @@ class Ledger:
             keep_rows_until(path, first_step - 1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a", encoding="utf-8")
+        self._steps = None
+        if rank == 0:
+            keep_rows_until(self.path.with_name(TRAINED), first_step - 1)
+            self._steps = self.path.with_name(TRAINED).open("a", encoding="utf-8")
 
     def record(self, data: StepData) -> None:
         """Write down what a step skipped."""
@@ -63,9 +74,25 @@ class Ledger:
             self._file.write(_line(row))
         self._file.flush()
 
+    def finish(self, step: int, samples: int, digest: int, applied: bool) -> None:
+        """Write down that a step was done.
+
+        Args:
+            step: from 0.
+            samples: that were read, over all ranks.
+            digest: of those, see ``data.digest``.
+            applied: False where the update was refused as not finite.
+        """
+        if self._steps is not None:
+            row = {"step": step, "samples": samples, "digest": digest, "applied": applied}
+            self._steps.write(_line(row))
+            self._steps.flush()
+
     def close(self) -> None:
-        """Close the file."""
+        """Close the files."""
         self._file.close()
+        if self._steps is not None:
+            self._steps.close()
 
 
 class SkipLimit:
@@ -73,47 +100,67 @@ class SkipLimit:
 
     Samples that the index already knows to be unreadable are reported for a whole window at its first step, so they
     are held against whole windows; what turns out broken on reading is held against what was read. Samples over the
-    budgets do not count: they are a choice of the recipe.
+    budgets do not count: they are a choice of the recipe, and so is the quarantine.
     """
 
-    def __init__(self, max_skipped_fraction: float, window_samples: int) -> None:
-        self._limit, self._window_samples = max_skipped_fraction, window_samples
+    def __init__(self, data: DataSettings) -> None:
+        self._limit, self._window_samples = data.max_skipped_fraction, data.window_samples
+        self._limit_of = {name: one.max_skipped_fraction for name, one in data.sources.items()}
         self._first_window: int | None = None
-        self._unreadable = self._read = self._broken = 0
+        self._unreadable = 0
+        self._read: Counter[str] = Counter()
+        self._broken: Counter[str] = Counter()
 
-    def observe(self, unreadable: int, read: int, broken: int, window: int) -> None:
+    def check_marks(self, plan: Plan) -> None:
+        """Hold what the indexes of the sources already mark against the limit of each source.
+
+        Raises:
+            ValueError: names the source.
+        """
+        for number, name in enumerate(plan.sources):
+            source, limit = plan.source(number), self._limit_of.get(name)
+            if limit is not None:
+                marked = sum(not reason.startswith(QUARANTINED) for reason in source.errors.values())
+                self._check(f"data.sources.{name}.", limit, marked, len(source))
+
+    def observe(self, unreadable: int, read: Mapping[str, int], broken: Mapping[str, int], window: int) -> None:
         """Add one step.
 
         Args:
             unreadable: samples of the step's window that its index marks.
-            read: samples read well.
-            broken: samples that could not be read.
+            read: source -> samples read well.
+            broken: source -> samples that could not be read.
             window: number of the window that the step belongs to.
 
         Raises:
-            ValueError: more than ``data.max_skipped_fraction`` of the samples since the start of this process were
-                skipped, and at least ``MIN_SKIPPED``.
+            ValueError: more than ``data.max_skipped_fraction``, or that of a source, of the samples since the start of
+                this process were skipped, and at least ``MIN_SKIPPED``.
         """
         self._first_window = window if self._first_window is None else self._first_window
         windows = window - self._first_window + 1
         self._unreadable += unreadable
-        self._read += read
-        self._broken += broken
-        for skipped, planned in (
-            (self._unreadable, windows * self._window_samples),
-            (self._broken, self._read + self._broken),
-        ):
-            if skipped >= MIN_SKIPPED and skipped > self._limit * planned:
-                raise ValueError(
-                    f"{skipped} of {planned} samples could not be read, more than data.max_skipped_fraction="
-                    f"{self._limit}. The reasons stand in the run's {LEDGER}; mend the shards (keye-data check), or "
-                    "raise the limit"
-                )
+        self._read.update(read)
+        self._broken.update(broken)
+        for name, limit in self._limit_of.items():
+            if limit is not None:
+                planned = self._read[name] + self._broken[name]
+                self._check(f"data.sources.{name}.", limit, self._broken[name], planned)
+        self._check("data.", self._limit, self._unreadable, windows * self._window_samples)
+        self._check("data.", self._limit, self._broken.total(), self._broken.total() + self._read.total())
+
+    def _check(self, where: str, limit: float, skipped: int, planned: int) -> None:
+        if skipped >= MIN_SKIPPED and skipped > limit * planned:
+            of = f" of the source '{where.split('.')[-2]}'" if where != "data." else ""
+            raise ValueError(
+                f"{skipped} of {planned} samples{of} could not be read, more than {where}max_skipped_fraction="
+                f"{limit}. The reasons stand in the run's {LEDGER}; mend the shards (keye-data check), leave the "
+                "samples out (keye-data ledger --quarantine), or raise the limit"
+            )
 
 
 def unreadable(data: StepData) -> int:
     """Samples that a step dropped because the index marks them as unreadable, not because they exceed a budget."""
-    return sum(not reason.startswith(OVER_BUDGET) for _, reason in data.dropped)
+    return sum(not reason.startswith((OVER_BUDGET, QUARANTINED)) for _, reason in data.dropped)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import shlex
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from keye_train.data.collate import LoadedPack, collate_pairs, collate_samples
+from keye_train.data.digest import digest_samples
 from keye_train.data.formats import parse_sample
 from keye_train.data.index import read_key
+from keye_train.data.limits import DecodeLimits
 from keye_train.data.plan import Dropped, Pack, Plan, PlanState, assign
 from keye_train.data.pool import ReaderPool
 from keye_train.data.reader import ShardReader
@@ -41,8 +44,18 @@ class ReadTask:
     source: str
     shard: str
     row: int  # of the shard
+    source_row: int  # of the source: all its shards one after another
     tokens: int  # as planned
     patches: int
+
+
+Watch = Callable[[int], AbstractContextManager[None]]
+"""``with watch(number):`` around the work on the sample ``number`` of a pack."""
+
+
+def _unwatched(_: int) -> AbstractContextManager[None]:
+    """In the training process itself nothing can be limited: it would be the one to die."""
+    return nullcontext()
 
 
 class PackReader:
@@ -55,17 +68,28 @@ class PackReader:
         self.captions = captions  # lay out pairs for the caption loss too
         self._shards = ShardReader()
 
-    def __call__(self, tasks: tuple[ReadTask, ...]) -> LoadedPack:
+    def __call__(
+        self, tasks: tuple[ReadTask, ...], given_up: Mapping[int, str] | None = None, watch: Watch = _unwatched
+    ) -> LoadedPack:
         """Read the samples of a pack; those that cannot be read are named in ``skipped``.
+
+        Args:
+            tasks: the samples.
+            given_up: number of a sample -> why it is not to be tried (again).
+            watch: holds the decoding of each sample to limits.
 
         Raises:
             ValueError: a sample has another size than its index says.
         """
         read: list[Any] = []
         skipped: list[tuple[SampleRef, str]] = []
-        for task in tasks:
+        whole: list[ReadTask] = []
+        for number, task in enumerate(tasks):
             try:
-                read.append(self._encode(task))
+                if given_up and number in given_up:
+                    raise SampleError(given_up[number])
+                read.append(self._encode(task, number, watch))
+                whole.append(task)
             except SampleError as error:
                 ref = SampleRef(task.source, task.shard, read_key(task.shard, task.row))
                 skipped.append((ref, str(error)))
@@ -79,18 +103,20 @@ class PackReader:
             tokens=sum(sample.text_ids.numel() if pairs else sample.input_ids.numel() for sample in read),
             patches=sum(len(sample.pixel_patches) for sample in read),
             fill=sum(task.tokens for task in tasks) / self.max_tokens,
+            digest=digest_samples((task.source, task.source_row) for task in whole),
         )
 
-    def _encode(self, task: ReadTask) -> EncodedSample | EncodedPair:
+    def _encode(self, task: ReadTask, number: int, watch: Watch) -> EncodedSample | EncodedPair:
         key, members = self._shards.read(task.shard, task.row)
-        sample = parse_sample(SampleRef(task.source, task.shard, key), members)
         encoded: EncodedSample | EncodedPair
-        if self.objective == Objective.contrastive:
-            encoded = self.processor.encode_pair(sample)
-            tokens = task.tokens
-        else:
-            encoded = self.processor.encode(sample)
-            tokens = len(encoded.input_ids)
+        with watch(number):
+            sample = parse_sample(SampleRef(task.source, task.shard, key), members)
+            if self.objective == Objective.contrastive:
+                encoded = self.processor.encode_pair(sample)
+                tokens = task.tokens
+            else:
+                encoded = self.processor.encode(sample)
+                tokens = len(encoded.input_ids)
         if (tokens, len(encoded.pixel_patches)) != (task.tokens, task.patches):
             folder = shlex.quote(self.processor.model.tokenizer)
             raise ValueError(
@@ -144,7 +170,8 @@ class Loader:
             processor, settings.stage.objective, settings.stage.max_tokens, settings.stage.caption_weight > 0
         )
         workers = settings.data.workers
-        self._pool = ReaderPool(self._read, workers) if workers else None
+        limits = DecodeLimits(settings.data.decode_seconds, settings.data.decode_bytes)
+        self._pool = ReaderPool(self._read, workers, limits) if workers else None
         self._depth = 1 + (settings.data.prefetch_steps if workers else 0)
 
     def __iter__(self) -> Loader:
@@ -154,7 +181,7 @@ class Loader:
         """The next step.
 
         Raises:
-            RuntimeError: a reader process died.
+            RuntimeError: a reader process failed, or died and no sample was the reason.
             ValueError: a shard does not match its index.
         """
         while len(self._ahead) < self._depth and (step := next(self._steps, None)) is not None:
@@ -189,7 +216,8 @@ class Loader:
         tasks = []
         for sample in pack.samples:
             source = self._plan.source(sample.source)
-            tasks.append(ReadTask(source.name, *source.locate(sample.row), sample.tokens, sample.patches))
+            place = source.locate(sample.row)
+            tasks.append(ReadTask(source.name, *place, sample.row, sample.tokens, sample.patches))
         return tuple(tasks)
 
     def _name(self, dropped: tuple[Dropped, ...]) -> list[tuple[SampleRef, str]]:

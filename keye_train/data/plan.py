@@ -18,6 +18,7 @@ import numpy as np
 from keye_train.data.corpus import Corpus, Sizes, Source
 from keye_train.data.mixture import Mixture, Shuffle, shuffled
 from keye_train.data.packing import Budget, Packing, pack_samples
+from keye_train.data.quarantine import exclude
 from keye_train.model.configuration import KeyeConfig
 from keye_train.model.flops import FlopCoefficients
 from keye_train.settings import Objective, TrainSettings
@@ -192,6 +193,7 @@ class Plan:
             data.resolution,
             settings.model.text_tower.max_tokens if stage.objective == Objective.contrastive else None,
         )
+        exclude(corpus, data.quarantine)
         budget = Budget(stage.max_tokens, stage.max_patches)
         return cls(corpus, weights, budget, stage.global_batch_packs, data.window_samples, settings.seed, cost)
 

@@ -4,42 +4,72 @@ Each reader process has two pipes of its own and no other tie to this process: a
 out. Nothing is shared, so a reader can be ended at any moment without harm, and neither the size of /dev/shm nor the
 number of open files limits what is read ahead. Moving a pack of 40 MB through a pipe takes some 20 ms, in a thread
 that does not hold up the training.
+
+A reader that a sample ends (see ``limits``) is replaced, and its pack read again without that sample. What else ends a
+reader, and what ``read`` raises, stops the run.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import multiprocessing
 import pickle
 import signal
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from keye_train.data.limits import OF_THE_SAMPLE, DecodeLimits, DecodeWatch, Progress
+
+log = logging.getLogger(__name__)
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Task_contra = TypeVar("Task_contra", contravariant=True)
+Result_co = TypeVar("Result_co", covariant=True)
 
 JOIN_SECONDS = 10.0
+LOOK_SECONDS = 1.0
+"""How often the clock of a sample is looked at."""
+
+
+class Read(Protocol[Task_contra, Result_co]):
+    """What readers run."""
+
+    def __call__(self, task: Task_contra, /, given_up: Mapping[int, str], watch: DecodeWatch) -> Result_co:
+        """Read a task.
+
+        Args:
+            task: several samples.
+            given_up: number of a sample -> why it is not to be tried again.
+            watch: ``with watch(number):`` around the work on a sample holds it to the limits.
+        """
 
 
 class ReaderPool(Generic[Task, Result]):
     """Runs ``read`` in other processes, which have loaded it once. Close the pool to end them."""
 
-    def __init__(self, read: Callable[[Task], Result], processes: int) -> None:
+    def __init__(self, read: Read[Task, Result], processes: int, limits: DecodeLimits) -> None:
         """Args:
         read: what to run; it is pickled into each process.
         processes: how many, at least 1.
+        limits: of each sample.
         """
-        self._processes = _start(read, processes)
-        self._idle: SimpleQueue[_ReaderProcess] = SimpleQueue()
-        for process in self._processes:
-            self._idle.put(process)
+        self._read, self._limits = read, limits
+        self._processes = _start(read, limits, processes)
+        self._lock = threading.Lock()  # of the list of processes
+        self._closed = False
+        self._idle: SimpleQueue[int] = SimpleQueue()
+        for number in range(processes):
+            self._idle.put(number)
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="reader")
 
     def submit(self, task: Task) -> Future[Result]:
@@ -52,41 +82,75 @@ class ReaderPool(Generic[Task, Result]):
 
     def close(self) -> None:
         """End the processes at once and wait for them; what is being read is lost."""
-        for process in self._processes:
-            process.terminate()
+        with self._lock:
+            self._closed = True
+            for process in self._processes:
+                process.terminate()
         self._threads.shutdown(cancel_futures=True)
         for process in self._processes:
             process.join()
 
     def _ask_idle(self, task: Task) -> Result:
-        process = self._idle.get()  # as many threads as processes: there is one
+        number = self._idle.get()  # as many threads as processes: there is one
+        given_up: dict[int, str] = {}
         try:
-            return process.ask(task)
+            while True:  # every round gives up one more sample
+                try:
+                    return self._processes[number].ask(task, given_up)
+                except _EndedBySample as ended:
+                    log.warning("a reader process is replaced: %s", ended.reason)
+                    given_up[ended.sample] = ended.reason
+                    self._replace(number)
         finally:
-            self._idle.put(process)
+            self._idle.put(number)
+
+    def _replace(self, number: int) -> None:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the readers were closed")
+            self._processes[number].join()
+            (self._processes[number],) = _start(self._read, self._limits, 1)
+
+
+class _EndedBySample(Exception):
+    """A sample ended its reader process."""
+
+    def __init__(self, sample: int, reason: str) -> None:
+        super().__init__(reason)
+        self.sample, self.reason = sample, reason
 
 
 class _ReaderProcess:
     """One reader process and this side of its pipes."""
 
-    def __init__(self, read: Callable[[Any], Any], number: int) -> None:
+    def __init__(self, read: Read[Any, Any], limits: DecodeLimits, number: int) -> None:
+        self._limits, self._progress = limits, Progress()
         context = multiprocessing.get_context("spawn")  # fork is not safe next to the threads of torch and NCCL
         their_tasks, self._tasks = context.Pipe(duplex=False)
         self._results, their_results = context.Pipe(duplex=False)
         self._process = context.Process(
-            target=_serve, args=(read, their_tasks, their_results), name=f"reader-{number}", daemon=True
+            target=_serve,
+            args=(read, limits, self._progress, their_tasks, their_results),
+            name=f"reader-{number}",
+            daemon=True,
         )
         self._process.start()
         # Only the child holds its ends now, so its death closes the pipes.
         their_tasks.close()
         their_results.close()
 
-    def ask(self, task: Any) -> Any:
+    def ask(self, task: Any, given_up: Mapping[int, str]) -> Any:
         try:
-            self._tasks.send(task)
+            self._tasks.send((task, given_up))
+            while not self._results.poll(min(LOOK_SECONDS, self._limits.clock_s / 4)):
+                self._look_at_the_clock()
             result, failure = pickle.loads(self._results.recv_bytes())
         except (EOFError, OSError) as error:
             self._process.join(JOIN_SECONDS)
+            sample, _ = self._progress.read()
+            signal_number = -(self._process.exitcode or 0)
+            if sample >= 0 and signal_number in OF_THE_SAMPLE:
+                raise _EndedBySample(sample, self._limits.died_of(signal_number)) from error
             raise RuntimeError(
                 f"a reader process died (exit code {self._process.exitcode}); if memory ran out, lower data.workers or "
                 "data.prefetch_steps"
@@ -98,6 +162,12 @@ class _ReaderProcess:
             raise RuntimeError(f"a reader process failed:\n{trace}")
         return result
 
+    def _look_at_the_clock(self) -> None:
+        sample, seconds = self._progress.read()
+        if sample >= 0 and seconds > self._limits.clock_s:
+            self.terminate()
+            raise _EndedBySample(sample, self._limits.too_slow())
+
     def terminate(self) -> None:
         self._process.kill()  # SIGTERM is blocked there
 
@@ -108,9 +178,10 @@ class _ReaderProcess:
             self._process.join()
         self._tasks.close()
         self._results.close()
+        self._progress.close()
 
 
-def _start(read: Callable[[Any], Any], processes: int) -> list[_ReaderProcess]:
+def _start(read: Read[Any, Any], limits: DecodeLimits, processes: int) -> list[_ReaderProcess]:
     """Start readers that are deaf to SIGINT and SIGTERM: the trainer decides when they end.
 
     Both reach them past the trainer, from a terminal and from launchers that signal the whole process group, while it
@@ -120,22 +191,25 @@ def _start(read: Callable[[Any], Any], processes: int) -> list[_ReaderProcess]:
     resource_tracker.ensure_running()  # every start makes sure that it runs, and starting it unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
-        return [_ReaderProcess(read, number) for number in range(processes)]
+        return [_ReaderProcess(read, limits, number) for number in range(processes)]
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(read: Callable[[Any], Any], tasks: Connection, results: Connection) -> None:
+def _serve(
+    read: Read[Any, Any], limits: DecodeLimits, progress: Progress, tasks: Connection, results: Connection
+) -> None:
     """Life of a reader process: until the other side closes the pipe, also by dying."""
     torch.set_num_threads(1)  # readers are parallel by process
+    watch = DecodeWatch(limits, progress)
     while True:
         try:
-            task = tasks.recv()
+            task, given_up = tasks.recv()
         except EOFError:
             return
         failure = result = None
         try:
-            result = read(task)
+            result = read(task, given_up=given_up, watch=watch)
         except Exception as error:  # not handled here: the training process raises it
             kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), RuntimeError)
             failure = (kind, str(error), traceback.format_exc())

@@ -19,6 +19,8 @@ from keye_train.model.positions import PATCH_SIZE, Grid
 from keye_train.sample import MediaInfo, MediaKind, SampleError
 from keye_train.settings import ResolutionSettings
 
+DRAFT_MARGIN = 2
+"""A JPEG decoded at a reduced scale keeps at least this many times the sides of its target."""
 MAX_PIXELS = 89_478_485  # a quarter GiB as RGB; Pillow's own threshold for a suspected decompression bomb
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # others can run helper programs (EPS) or are rare
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, struct.error, zlib.error)
@@ -45,9 +47,16 @@ def probe_image(data: bytes) -> MediaInfo:
 
 
 def decode_image(
-    data: bytes, resolution: ResolutionSettings, options: MediaOptions | None = None
+    data: bytes, resolution: ResolutionSettings, options: MediaOptions | None = None, scaled_jpeg: bool = False
 ) -> tuple[np.ndarray, Grid]:
     """Decode a picture into the patches that the vision tower reads; of an animation, the first frame.
+
+    Args:
+        data: the file.
+        resolution, options: budgets.
+        scaled_jpeg: let libjpeg halve, quarter or eighth a JPEG within its inverse DCT as long as ``DRAFT_MARGIN``
+            times the target's sides remain. Levels then differ by about 0.5 in the mean and up to 10; which scale
+            is taken follows from the sizes alone.
 
     Returns:
         patches [h * w, 3, 14, 14] uint8 RGB in raster order, and the grid (1, h, w).
@@ -55,16 +64,21 @@ def decode_image(
     Raises:
         SampleError: broken, too large, too thin, or of an unknown kind; or ``options`` that cannot hold together.
     """
-    return cut_image(open_image(data), resolution, options)
+    return cut_image(open_image(data), resolution, options, scaled_jpeg)
 
 
 def cut_image(
-    image: Image.Image, resolution: ResolutionSettings, options: MediaOptions | None = None
+    image: Image.Image,
+    resolution: ResolutionSettings,
+    options: MediaOptions | None = None,
+    scaled_jpeg: bool = False,
 ) -> tuple[np.ndarray, Grid]:
-    """Patches of a picture in any mode; returned values and errors as for ``decode_image``."""
-    image = upright_rgb(image)
-    grid = MediaRequest.of(MediaInfo(MediaKind.image, *image.size), resolution, options).grid
-    return to_patches(resize_to_grid(image, grid)[None]), grid
+    """Patches of a picture in any mode; arguments, returned values and errors as for ``decode_image``."""
+    grid = MediaRequest.of(MediaInfo(MediaKind.image, *upright_size(image)), resolution, options).grid
+    if scaled_jpeg and image.format == "JPEG":
+        sides = DRAFT_MARGIN * grid[2] * PATCH_SIZE, DRAFT_MARGIN * grid[1] * PATCH_SIZE
+        image.draft(None, sides if _orientation(image) < 5 else sides[::-1])
+    return to_patches(resize_to_grid(upright_rgb(image), grid)[None]), grid
 
 
 def open_image(data: bytes) -> Image.Image:

@@ -61,15 +61,20 @@ class Medium:
         return frames_request(video, self._rate(), resolution, self.options)
 
     def pixels(
-        self, resolution: ResolutionSettings, allow_http: bool = False, backend: VideoBackend = VideoBackend.pyav
+        self,
+        resolution: ResolutionSettings,
+        allow_http: bool = False,
+        backend: VideoBackend = VideoBackend.pyav,
+        scaled_jpeg: bool = False,
     ) -> Pixels:
-        """Decode and resize it, once.
+        """Decode and resize it, once. ``scaled_jpeg``: see ``images.decode_image``.
 
         Raises:
             SampleError: it cannot be read, is broken or too thin, or its options do not fit it.
         """
         if self.kind == MediaKind.image:
-            return Pixels(self.kind, *cut_image(read_image(self.source, allow_http), resolution, self.options), 0.0)
+            image = read_image(self.source, allow_http)
+            return Pixels(self.kind, *cut_image(image, resolution, self.options, scaled_jpeg), 0.0)
         video = read_video(self.source, allow_http)
         if isinstance(video, (bytes, Path)):
             decoded = decode_video(video, resolution, self.options, backend)

@@ -67,6 +67,7 @@ class SampleEncoder:
         model: ModelSettings,
         resolution: ResolutionSettings,
         video_backend: VideoBackend = VideoBackend.pyav,
+        scaled_jpeg: bool = False,
     ) -> None:
         _check_special_tokens(tokenizer, model)
         _check_vocabulary(tokenizer, model.language.vocab_size, "model.language.vocab_size")
@@ -74,6 +75,7 @@ class SampleEncoder:
         self.model = model
         self.resolution = resolution
         self.video_backend = checked_backend(video_backend)
+        self.scaled_jpeg = scaled_jpeg
 
     @classmethod
     def from_settings(
@@ -81,6 +83,7 @@ class SampleEncoder:
         model: ModelSettings,
         resolution: ResolutionSettings,
         video_backend: VideoBackend = VideoBackend.pyav,
+        scaled_jpeg: bool = False,
     ) -> SampleEncoder:
         """Load the tokenizer from its folder; nothing is fetched and no code of the folder is run.
 
@@ -89,7 +92,7 @@ class SampleEncoder:
                 ``model.language.vocab_size``; or torchcodec is asked for and cannot be loaded.
         """
         tokenizer = _load(PreTrainedTokenizerFast, model.tokenizer, "model.tokenizer")
-        return cls(tokenizer, model, resolution, video_backend)
+        return cls(tokenizer, model, resolution, video_backend, scaled_jpeg)
 
     @cached_property
     def text_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -139,7 +142,7 @@ class SampleEncoder:
         media = _media_of(sample, media_slots(sample.messages))
         if [kind for kind, _ in media] != [MediaKind.image]:
             raise SampleError(f"a caption pair needs exactly one image and nothing else, this has {len(media)} media")
-        patches, grid = decode_image(media[0][1], self.resolution)
+        patches, grid = decode_image(media[0][1], self.resolution, scaled_jpeg=self.scaled_jpeg)
         text_ids = self.text_ids([caption])[0]
         return EncodedPair(
             sample.ref,
@@ -171,7 +174,8 @@ class SampleEncoder:
         grids: list[Grid] = []
         seconds: list[float] = []
         for kind, data in _media_of(sample, media_slots(messages)):
-            pixels = Medium(kind, data, MediaOptions()).pixels(self.resolution, backend=self.video_backend)
+            medium = Medium(kind, data, MediaOptions())
+            pixels = medium.pixels(self.resolution, backend=self.video_backend, scaled_jpeg=self.scaled_jpeg)
             patches.append(pixels.patches)
             grids.append(pixels.grid)
             seconds.append(pixels.seconds_per_grid)

@@ -30,6 +30,10 @@ from keye_train.sample import MediaInfo, MediaKind, SampleError
 from keye_train.settings import ResolutionSettings, VideoBackend
 
 MAX_FRAME_PIXELS = 8192 * 4320
+MAX_FRAMES = 2**22
+"""Packets of a video: 38 hours at 30 frames a second. Each takes memory before anything is decoded."""
+MAX_VIDEO_PIXELS = 2**42
+"""Width x height x frames as declared: 20 hours of 1080p, 5 hours of 4K at 30 frames a second."""
 # Playlists and image sequences could make FFmpeg open other files; these demuxers read only what they are given.
 DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf"
 
@@ -51,7 +55,8 @@ def probe_video(data: VideoFile) -> MediaInfo:
     """Size, true number of shown frames and their true average rate; decodes up to the first shown frame.
 
     Raises:
-        SampleError: not a video, broken, empty, or with frames above ``MAX_FRAME_PIXELS``.
+        SampleError: not a video, broken, empty, or above ``MAX_FRAME_PIXELS``, ``MAX_FRAMES`` or
+            ``MAX_VIDEO_PIXELS``.
     """
     with open_video(data) as video:
         return video.info
@@ -220,7 +225,8 @@ def open_video(data: VideoFile) -> Iterator[Video]:
     """Demux a video and decode its first shown frame; FFmpeg's errors within the block become SampleError.
 
     Raises:
-        SampleError: not a video, broken, empty, or with frames above ``MAX_FRAME_PIXELS``.
+        SampleError: not a video, broken, empty, or above ``MAX_FRAME_PIXELS``, ``MAX_FRAMES`` or
+            ``MAX_VIDEO_PIXELS``.
     """
     with ExitStack() as stack:
         try:
@@ -235,7 +241,14 @@ def open_video(data: VideoFile) -> Iterator[Video]:
             if context is None:
                 raise SampleError("video of an unknown codec")
             context.thread_count = 1
-            packets = [packet for packet in container.demux(stream) if packet.size]
+            _check_size(context.width, context.height, stream.frames)
+            packets = []
+            for packet in container.demux(stream):
+                if packet.size:
+                    packets.append(packet)
+                    if len(packets) > MAX_FRAMES:
+                        raise SampleError(f"video of more than {MAX_FRAMES} frames")
+            _check_size(context.width, context.height, len(packets))
             shown = [packet for packet in packets if not packet.is_discard]
             if not shown:
                 raise SampleError("broken video: no frame is shown")
@@ -286,5 +299,13 @@ def _check_frame(frame: av.VideoFrame) -> None:
         raise SampleError("broken video: a frame is corrupt")
     if frame.pts is None:
         raise SampleError("broken video: a frame has no time stamp")
-    if frame.width * frame.height > MAX_FRAME_PIXELS:
-        raise SampleError(f"video of {frame.width} x {frame.height} pixels is above {MAX_FRAME_PIXELS} pixels a frame")
+    _check_size(frame.width, frame.height, 1)
+
+
+def _check_size(width: int, height: int, frames: int) -> None:
+    if width * height > MAX_FRAME_PIXELS:
+        raise SampleError(f"video of {width} x {height} pixels is above {MAX_FRAME_PIXELS} pixels a frame")
+    if width * height * frames > MAX_VIDEO_PIXELS:
+        raise SampleError(
+            f"video of {frames} frames of {width} x {height} pixels is above {MAX_VIDEO_PIXELS} pixels in all"
+        )

@@ -46,6 +46,9 @@ class SourceSettings:
 
     shards: list[str]
     """Paths or glob patterns of WebDataset .tar files; each has its index beside it (``keye-data index``)."""
+    max_skipped_fraction: float | None = None
+    """The run stops when more than this share of this source's samples could not be read; None: only
+    ``data.max_skipped_fraction`` of all sources together counts."""
 
 
 @dataclass
@@ -87,6 +90,16 @@ class DataSettings:
     """Reader processes for each rank; 0 reads in the training process."""
     prefetch_steps: int = 2
     """Steps that the readers work ahead."""
+    quarantine: list[str] = field(default_factory=list)
+    """Files that ``keye-data ledger --quarantine`` wrote: their samples are left out, whichever source they are in."""
+    scaled_jpeg: bool = False
+    """Decode a JPEG at a half, a quarter or an eighth of its sides where the recipe needs at most half of those:
+    2 to 5 times as fast for photographs far above the resolution; levels change by 0.5 in the mean, 10 at most."""
+    decode_seconds: float = 300.0
+    """CPU time that one sample may take to decode, else it is skipped; by the clock, five times that. Reader processes
+    only: with ``workers: 0`` nothing can end a decoder that hangs."""
+    decode_bytes: int = 4 * 2**30
+    """Memory that one sample may take to decode, else it is skipped. Reader processes on Linux only."""
     max_skipped_fraction: float = 0.05
     """The run stops when more than this share of the samples, over all ranks, could not be read."""
 
@@ -124,3 +137,9 @@ def check_data(data: DataSettings) -> None:
         raise SettingsError("data.resolution.video_fps must be above 0")
     if data.window_samples < 1 or data.prefetch_steps < 1 or data.workers < 0:
         raise SettingsError("data.window_samples and data.prefetch_steps are at least 1, data.workers at least 0")
+    fractions = {f"sources.{name}.": one.max_skipped_fraction for name, one in data.sources.items()}
+    for where, fraction in {"": data.max_skipped_fraction, **fractions}.items():
+        if fraction is not None and not 0 <= fraction <= 1:
+            raise SettingsError(f"data.{where}max_skipped_fraction={fraction} must lie between 0 and 1")
+    if not data.decode_seconds > 0 or data.decode_bytes < 2**20:
+        raise SettingsError("data.decode_seconds must be above 0 and data.decode_bytes at least 1048576 (1 MiB)")

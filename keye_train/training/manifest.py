@@ -35,6 +35,8 @@ FREE_TO_CHANGE = (
     "data.workers",
     "data.prefetch_steps",
     "data.max_skipped_fraction",
+    "data.decode_seconds",
+    "data.decode_bytes",
     "data.heldout",
     "stage.activation_checkpointing",
 )

@@ -10,6 +10,7 @@ import logging
 import math
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class Counts:
     patches: int
     samples: int
     skipped: int  # samples that could not be read or did not fit
+    digest: int  # of the samples that were read
     stop: int  # signal that asked some rank to stop; 0: none
     items_by_source: list[int]
 
@@ -86,14 +88,15 @@ class Trainer:
         settings.gradient_accumulation(world.size)  # refuses a world size that does not divide the global batch
         self.plan = Plan.from_settings(settings, flop_cost(keye_config(settings.model), self.stage.objective))
         self.processor = SampleEncoder.from_settings(
-            settings.model, settings.data.resolution, settings.data.video_backend
+            settings.model, settings.data.resolution, settings.data.video_backend, settings.data.scaled_jpeg
         )
         found = checkpoint.newest_whole(self.run_dir, world)
         self.state = found.state if found else TrainState(0, 0, self.plan.start().to_json())
         self.objective = build.build_objective(settings)
         self.manifest = self._begin_manifest(build.count_parameters(self.objective.model))
         self.engine = self._build_engine(found)
-        self.skip_limit = SkipLimit(settings.data.max_skipped_fraction, settings.data.window_samples)
+        self.skip_limit = SkipLimit(settings.data)
+        self.skip_limit.check_marks(self.plan)
         self.guard = NonFiniteGuard(self.state.refused_in_a_row, self.state.refused_total)
         self._source_number = {name: number for number, name in enumerate(self.plan.sources)}
         self.meter = LossMeter(self.plan.sources, self.objective.figures, world.device)
@@ -137,6 +140,7 @@ class Trainer:
             ledger.record(data)
             counts = self._count(data)
             rates, outcome = self._step(data, counts)
+            ledger.finish(data.step, counts.samples, counts.digest, outcome.applied)
             self.state = TrainState(
                 step=data.step + 1,
                 updates=self.engine.updates,
@@ -161,22 +165,30 @@ class Trainer:
         """Sizes of the global batch, known before the first forward. Collective: every rank must reach this."""
         items = torch.cat([self._item_sources(pack) for pack in data.packs])
         by_source = torch.bincount(items, minlength=len(self.plan.sources)).tolist()
-        broken = sum(len(pack.skipped) for pack in data.packs)
-        tokens, patches = (sum(getattr(pack, name) for pack in data.packs) for name in ("tokens", "patches"))
-        samples = sum(len(pack.refs) for pack in data.packs)
+        names = self.plan.sources
+        read = Counter(ref.source for pack in data.packs for ref in pack.refs)
+        broken = Counter(ref.source for pack in data.packs for ref, _ in pack.skipped)
+        packs = [sum(getattr(pack, name) for pack in data.packs) for name in ("tokens", "patches", "digest")]
         *sums, interrupts, terminations = self.world.sum_int(
             [
                 *by_source,
-                *(tokens, patches, samples, broken, len(data.dropped), unreadable(data)),
+                *(count[name] for count in (read, broken) for name in names),
+                *(*packs, len(data.dropped), unreadable(data)),
                 *self._stop_request.as_flags(),
             ]
         )
-        sources = sums[: len(by_source)]
-        tokens, patches, samples, broken, dropped, marked = sums[len(by_source) :]
+        sources, reads, brokens = (sums[len(names) * part : len(names) * (part + 1)] for part in range(3))
+        tokens, patches, digest, dropped, marked = sums[3 * len(names) :]
         after = data.plan_state_after
-        self.skip_limit.observe(marked, samples, broken, window=after.window - (after.batch == 0))
+        self.skip_limit.observe(
+            marked,
+            dict(zip(names, reads, strict=True)),
+            dict(zip(names, brokens, strict=True)),
+            window=after.window - (after.batch == 0),
+        )
         stop = StopRequest.from_flags(interrupts, terminations)
-        return Counts(sum(sources), tokens, patches, samples, broken + dropped, stop, sources)
+        skipped = sum(brokens) + dropped
+        return Counts(sum(sources), tokens, patches, sum(reads), skipped, digest, stop, sources)
 
     def _step(self, data: StepData, counts: Counts) -> tuple[dict[str, float], Outcome]:
         """Forward and backward of every micro-batch, then the update."""

@@ -184,14 +184,21 @@ def test_a_pack_without_a_good_sample_still_goes_to_the_model(
 
 
 def test_too_many_bad_samples_stop_the_run() -> None:
-    limit = SkipLimit(0.05, window_samples=1000)
+    data = toy_settings({"a": SourceSettings([]), "b": SourceSettings([])}, Path("none")).data
+    data.window_samples = 1000
+    limit = SkipLimit(data)
     for step in range(10):  # 40 of a window of 1,000 are marked by the index: fine, though its first step reads but 20
-        limit.observe(unreadable=40 if step == 0 else 0, read=20, broken=1 if step == 3 else 0, window=7)
+        marked = 40 if step == 0 else 0
+        limit.observe(unreadable=marked, read={"a": 20}, broken={"a": 1 if step == 3 else 0}, window=7)
     with pytest.raises(ValueError, match=r"60 of 1000 samples could not be read.*data\.max_skipped_fraction=0\.05"):
-        limit.observe(unreadable=20, read=20, broken=0, window=7)
-    limit = SkipLimit(0.05, window_samples=1000)
+        limit.observe(unreadable=20, read={"a": 20}, broken={}, window=7)
     with pytest.raises(ValueError, match=r"10 of 30 samples could not be read"):
-        limit.observe(unreadable=0, read=20, broken=10, window=0)
+        SkipLimit(data).observe(unreadable=0, read={"a": 20}, broken={"a": 10}, window=0)
+    data.sources["b"].max_skipped_fraction = 0.2
+    limit = SkipLimit(data)
+    limit.observe(unreadable=0, read={"a": 1000, "b": 30}, broken={"b": 5}, window=0)
+    with pytest.raises(ValueError, match=r"of the source 'b' .*data\.sources\.b\.max_skipped_fraction=0\.2"):
+        limit.observe(unreadable=0, read={"a": 1000, "b": 2}, broken={"b": 7}, window=0)
 
 
 def test_a_resumed_ledger_forgets_the_steps_that_are_done_again(

@@ -1,0 +1,75 @@
+"""Promise: a sample that hangs, swallows memory or crashes its decoder costs itself, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from nasty_encoder import NastyEncoder
+from test_loader import Sources, assert_same, make_loader, read_all, toy_cost
+from toy_shards import toy_settings
+
+from data_tools.shards import sample_key
+from keye_train.data.loader import Loader
+from keye_train.data.plan import Plan
+from keye_train.settings import SourceSettings, TrainSettings
+
+NASTY = {
+    1: ("SPIN", "longer than data.decode_seconds=1 s of CPU time"),
+    4: ("WAIT", "longer than 5 s by the clock"),
+    6: ("EAT", "more than data.decode_bytes=268435456 of memory"),
+    9: ("CRASH", "ended the reader process by SIGSEGV"),
+}
+
+
+def texts(**nasty: str) -> list[dict[str, bytes]]:
+    return [{"txt": (nasty.get(str(n), "word") + f" {n} " * (n + 10)).encode()} for n in range(16)]
+
+
+def nasty_loader(settings: TrainSettings) -> Loader:
+    encoder = NastyEncoder.from_settings(settings.model, settings.data.resolution)
+    return Loader(Plan.from_settings(settings, toy_cost), encoder, 0, 1, settings)
+
+
+def source(path: Path, make_shard: Callable[..., Path], nasty: dict[str, str]) -> Sources:
+    return {"a": SourceSettings([str(make_shard(path, texts(**nasty)))])}
+
+
+def test_each_kind_of_nasty_sample_is_skipped_and_all_else_stays_as_it_was(
+    tmp_path: Path, make_shard: Callable[..., Path], tokenizer_dir: Path
+) -> None:
+    sources = source(tmp_path / "a.tar", make_shard, {str(n): word for n, (word, _) in NASTY.items()})
+    limits = {"decode_seconds": 1.0, "decode_bytes": 2**28, "window_samples": 16, "steps": 2, "global_batch_packs": 2}
+    reference = read_all(toy_settings(sources, tokenizer_dir, **limits))  # a sound encoder finds nothing wrong
+    with nasty_loader(toy_settings(sources, tokenizer_dir, workers=2, **limits)) as loader:
+        steps = list(loader)
+    reasons: dict[str, str] = {}
+    whole = 0
+    for got, expected in zip(steps, reference, strict=True):
+        assert got.plan_state_after == expected.plan_state_after
+        for pack, other in zip(got.packs, expected.packs, strict=True):
+            assert pack.refs == tuple(ref for ref in other.refs if ref.key not in {sample_key(n) for n in NASTY})
+            reasons |= {ref.key: reason for ref, reason in pack.skipped}
+            if not pack.skipped:
+                whole += 1
+                assert_same(pack, other)
+    read = {ref.key for step in reference for pack in step.packs for ref in pack.refs}
+    assert set(reasons) == {sample_key(n) for n in NASTY} & read
+    assert len(reasons) >= 3, "the plan left the nasty samples out"
+    for number, (_, reason) in NASTY.items():
+        assert reason in reasons.get(sample_key(number), reason)
+
+
+def test_a_fault_of_ours_stops_the_run(tmp_path: Path, make_shard: Callable[..., Path], tokenizer_dir: Path) -> None:
+    sources = source(tmp_path / "a.tar", make_shard, {"5": "BUG"})
+    settings = toy_settings(sources, tokenizer_dir, workers=1, window_samples=16)
+    with nasty_loader(settings) as loader, pytest.raises(RuntimeError, match="a fault of ours"):
+        list(loader)
+
+
+def test_the_limits_do_not_change_what_is_read(toy_sources: Sources, tokenizer_dir: Path) -> None:
+    settings = toy_settings(toy_sources, tokenizer_dir, steps=2)
+    tight = toy_settings(toy_sources, tokenizer_dir, steps=2, workers=1, decode_seconds=20.0, decode_bytes=2**27)
+    with make_loader(tight) as loader:
+        assert_same(list(loader), read_all(settings))

@@ -1,0 +1,110 @@
+"""Promise: of a finished or resumed run every planned sample is found again, trained on or skipped with its reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from corpus import ToyCorpus
+
+from data_tools.cli import main
+from keye_train import runs
+from keye_train.data.audit import audit_run
+from keye_train.data.reader import walk_shard
+from keye_train.settings import SettingsError
+from keye_train.training import trainer
+from keye_train.training.trainer import train
+
+STAGE = "2_multitask"
+BROKEN = "000000005"  # its picture is cut off behind a sound header
+
+
+def command(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["ledger", *arguments])
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def resumed(toy_corpus: ToyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve steps; a crash after step 8 forgets those behind the checkpoint of step 5."""
+    run_dir = tmp_path_factory.mktemp("ledger") / "run"
+    settings = toy_corpus.settings(STAGE, run_dir, "stage.steps=12", "checkpoint.every_steps=5")
+    real = trainer.Trainer._step
+
+    def crash(self: trainer.Trainer, data, counts):
+        if data.step == 8:
+            raise RuntimeError("the machine goes down")
+        return real(self, data, counts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_step", crash)
+        with pytest.raises(RuntimeError, match="goes down"):
+            train(settings)
+    assert audit_run(run_dir).steps == 8
+    assert train(settings) == 0
+    return run_dir
+
+
+def test_everything_planned_is_accounted_for_also_after_a_resume(resumed: Path, capsys: pytest.CaptureFixture) -> None:
+    assert command(str(resumed)) == 0
+    text = capsys.readouterr().out
+    assert "12 steps" in text
+    assert "broken image" in text
+    assert command(str(resumed), "--json") == 0
+    audit = json.loads(capsys.readouterr().out)
+    metrics = runs.read_jsonl(resumed / runs.METRICS)
+    sources = audit["sources"].values()
+    assert audit["steps"] == len(runs.read_jsonl(resumed / runs.TRAINED)) == 12
+    assert sum(one["trained"] + one["refused"] for one in sources) == sum(row["samples"] for row in metrics)
+    assert sum(sum(one["skipped"].values()) for one in sources) == sum(row["skipped"] for row in metrics) > 0
+    assert all(one["repeated"] == 0 for one in sources)
+    for one in sources:
+        assert one["planned"] == one["trained"] + one["refused"] + sum(one["skipped"].values())
+        assert one["planned"] == pytest.approx(sum(one["coverage"]) * one["size"])
+
+
+@pytest.mark.parametrize("fault", ["a line of the ledger is lost", "a step is lost", "another sample was trained on"])
+def test_what_is_neither_trained_nor_skipped_is_found(
+    resumed: Path, tmp_path: Path, fault: str, capsys: pytest.CaptureFixture
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(resumed, run_dir, ignore=shutil.ignore_patterns("checkpoints", "export"))
+    file = run_dir / (runs.LEDGER if "ledger" in fault else runs.TRAINED)
+    rows = runs.read_jsonl(file)
+    if "another" in fault:
+        rows[3]["digest"] += 1
+    else:
+        del rows[min(4, len(rows) - 1)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert command(str(run_dir)) == 1
+    assert "1 problems" in capsys.readouterr().out
+    (run_dir / runs.TRAINED).unlink()
+    with pytest.raises(ValueError, match=r"trained\.jsonl"):
+        audit_run(run_dir)
+
+
+def test_quarantined_samples_are_left_out_and_can_be_read_apart(
+    resumed: Path, toy_corpus: ToyCorpus, tmp_path: Path
+) -> None:
+    bad, again = tmp_path / "bad.jsonl", tmp_path / "again.tar"
+    assert command(str(resumed), "--quarantine", str(bad), "--requeue", str(again)) == 0
+    (entry,) = runs.read_jsonl(bad)
+    assert (entry["key"], entry["row"]) == (BROKEN, 5)
+    (copy,) = walk_shard(again)
+    (original,) = (raw for raw in walk_shard(entry["shard"]) if raw.key == BROKEN)
+    assert copy.members == original.members
+    run_dir = tmp_path / "run"
+    settings = toy_corpus.settings(STAGE, run_dir, "stage.steps=12", f"data.quarantine=[{bad}]")
+    assert train(settings) == 0
+    audit = audit_run(run_dir)
+    assert audit.problems == []
+    reasons = {reason for one in audit.sources for reason in one.skipped}
+    assert reasons
+    assert all(reason.startswith("quarantined (") for reason in reasons)
+    with pytest.raises(SettingsError, match=r"data\.quarantine"):
+        train(toy_corpus.settings(STAGE, run_dir, "stage.steps=12"))
+    with pytest.raises(ValueError, match="does not exist; write it with keye-data ledger"):
+        train(toy_corpus.settings(STAGE, tmp_path / "other", "data.quarantine=[none.jsonl]"))
