@@ -21,7 +21,7 @@ from keye_train.data.pool import ReaderPool
 from keye_train.data.reader import ShardReader
 from keye_train.model.sample_encoder import EncodedPair, EncodedSample, SampleEncoder
 from keye_train.sample import SampleError, SampleRef
-from keye_train.settings import Objective, TrainSettings
+from keye_train.settings import Objective, StorageSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -48,26 +48,36 @@ class ReadTask:
 class PackReader:
     """Reads packs. Goes into the reader processes, so it knows shards by path only, never the corpus."""
 
-    def __init__(self, processor: SampleEncoder, objective: Objective, max_tokens: int, captions: bool = False) -> None:
+    def __init__(
+        self,
+        processor: SampleEncoder,
+        objective: Objective,
+        max_tokens: int,
+        captions: bool = False,
+        storage: StorageSettings | None = None,
+    ) -> None:
         self.processor = processor
         self.objective = objective
         self.max_tokens = max_tokens
         self.captions = captions  # lay out pairs for the caption loss too
-        self._shards = ShardReader()
+        self._storage = storage
+        self._shards = ShardReader(storage)
 
     def __call__(self, tasks: tuple[ReadTask, ...]) -> LoadedPack:
         """Read the samples of a pack; those that cannot be read are named in ``skipped``.
 
         Raises:
             ValueError: a sample has another size than its index says.
+            OSError: a shard cannot be read; no sample is skipped for that.
         """
+        found = self._shards.read_many([(task.shard, task.row) for task in tasks])
         read: list[Any] = []
         skipped: list[tuple[SampleRef, str]] = []
-        for task in tasks:
+        for task, raw in zip(tasks, found, strict=True):
             try:
-                read.append(self._encode(task))
+                read.append(self._encode(task, raw))
             except SampleError as error:
-                ref = SampleRef(task.source, task.shard, read_key(task.shard, task.row))
+                ref = SampleRef(task.source, task.shard, read_key(task.shard, task.row, self._storage))
                 skipped.append((ref, str(error)))
         model = self.processor.model
         pairs = self.objective == Objective.contrastive
@@ -81,8 +91,10 @@ class PackReader:
             fill=sum(task.tokens for task in tasks) / self.max_tokens,
         )
 
-    def _encode(self, task: ReadTask) -> EncodedSample | EncodedPair:
-        key, members = self._shards.read(task.shard, task.row)
+    def _encode(self, task: ReadTask, raw: tuple[str, dict[str, bytes]] | SampleError) -> EncodedSample | EncodedPair:
+        if isinstance(raw, SampleError):
+            raise raw
+        key, members = raw
         sample = parse_sample(SampleRef(task.source, task.shard, key), members)
         encoded: EncodedSample | EncodedPair
         if self.objective == Objective.contrastive:
@@ -141,7 +153,11 @@ class Loader:
         self._steps = self._planned_steps(world_size, settings.stage.steps, state)
         self._ahead: deque[_PlannedStep] = deque()
         self._read = PackReader(
-            processor, settings.stage.objective, settings.stage.max_tokens, settings.stage.caption_weight > 0
+            processor,
+            settings.stage.objective,
+            settings.stage.max_tokens,
+            settings.stage.caption_weight > 0,
+            settings.data.storage,
         )
         workers = settings.data.workers
         self._pool = ReaderPool(self._read, workers) if workers else None

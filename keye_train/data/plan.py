@@ -191,6 +191,7 @@ class Plan:
             settings.model.tokenizer,
             data.resolution,
             settings.model.text_tower.max_tokens if stage.objective == Objective.contrastive else None,
+            data.storage,
         )
         budget = Budget(stage.max_tokens, stage.max_patches)
         return cls(corpus, weights, budget, stage.global_batch_packs, data.window_samples, settings.seed, cost)

@@ -119,7 +119,7 @@ def _read_heldouts(settings: EvaluationSettings) -> Heldouts:
     pairs = []
     if settings.data.heldout_pairs is not None:
         for ref, members, error in read_drawn(
-            settings.data.heldout_pairs, settings.samples_per_task, settings.seed, name="pairs"
+            settings.data.heldout_pairs, settings.samples_per_task, settings.seed, "pairs", settings.data.storage
         ):
             try:
                 if error is not None:

@@ -8,16 +8,15 @@ import shlex
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from keye_train.data.formats import parse_sample
-from keye_train.data.index import find_shards, index_path, read_columns
-from keye_train.data.reader import ShardReader, offsets_path
+from keye_train.data.index import find_shards, has_index, read_columns
+from keye_train.data.reader import ShardReader
 from keye_train.evaluation.scoring import Target
 from keye_train.sample import Sample, SampleError, SampleRef
-from keye_train.settings import DataSettings, SettingsError, SourceSettings
+from keye_train.settings import DataSettings, SettingsError, SourceSettings, StorageSettings
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ def read_tasks(data: DataSettings, samples_per_task: int, seed: int) -> dict[str
     tasks = {}
     for task, source in data.heldout.items():
         heldout = Heldout(task)
-        for ref, members, error in read_drawn(source, samples_per_task, seed, name=task):
+        for ref, members, error in read_drawn(source, samples_per_task, seed, task, data.storage):
             try:
                 if error is not None:
                     raise SampleError(error)
@@ -68,30 +67,34 @@ def read_tasks(data: DataSettings, samples_per_task: int, seed: int) -> dict[str
 
 
 def read_drawn(
-    source: SourceSettings, count: int | None, seed: int, name: str
+    source: SourceSettings, count: int | None, seed: int, name: str, storage: StorageSettings | None = None
 ) -> Iterator[tuple[SampleRef, dict[str, bytes], str | None]]:
     """Draw ``count`` samples of a source without replacement; all of them where it has fewer or ``count`` is None.
 
     Yields:
         Reference, members of the tar (name without the key -> bytes), and why the sample cannot be read or None.
     """
-    rows = shard_rows(source)
+    rows = shard_rows(source, storage)
     draw = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    yield from read_rows((rows[number] for number in sorted(draw.permutation(len(rows))[:count].tolist())), name)
+    drawn = (rows[number] for number in sorted(draw.permutation(len(rows))[:count].tolist()))
+    yield from read_rows(drawn, name, storage)
 
 
-def shard_rows(source: SourceSettings) -> list[tuple[str, int]]:
+def shard_rows(source: SourceSettings, storage: StorageSettings | None = None) -> list[tuple[str, int]]:
     """(shard, row) of all samples of a source, from its indexes.
 
     Raises:
         SettingsError: a shard or its index is missing.
     """
-    return [(shard, row) for shard in _indexed_shards(source) for row in range(len(read_columns(shard, ["key"])))]
+    shards = _indexed_shards(source, storage)
+    return [(shard, row) for shard in shards for row in range(len(read_columns(shard, ["key"], storage)))]
 
 
-def read_rows(rows: Iterable[tuple[str, int]], name: str) -> Iterator[tuple[SampleRef, dict[str, bytes], str | None]]:
+def read_rows(
+    rows: Iterable[tuple[str, int]], name: str, storage: StorageSettings | None = None
+) -> Iterator[tuple[SampleRef, dict[str, bytes], str | None]]:
     """The samples of some rows, one at a time; yields as ``read_drawn``."""
-    reader = ShardReader()
+    reader = ShardReader(storage)
     try:
         for shard, row in rows:
             try:
@@ -113,13 +116,13 @@ def fingerprint(samples: Iterable[Sample]) -> str:
     return digest.hexdigest()
 
 
-def _indexed_shards(source: SourceSettings) -> list[str]:
+def _indexed_shards(source: SourceSettings, storage: StorageSettings | None) -> list[str]:
     try:
-        shards = find_shards(source.shards)
+        shards = find_shards(source.shards, storage)
     except ValueError as error:
         raise SettingsError(f"held-out data: {error}") from error
     for shard in shards:
-        if not index_path(shard).exists() or not offsets_path(Path(shard)).exists():
+        if not has_index(shard, storage):
             raise SettingsError(
                 f"the held-out shard {shard} has no index; run: keye-data index {shlex.quote(shard)} --tokenizer FOLDER"
             )

@@ -25,7 +25,7 @@ from keye_train.evaluation.scoring import interval
 from keye_train.model.dual_encoder import DualEncoder
 from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.sample import Sample, SampleError, SampleRef
-from keye_train.settings import DataSettings, SettingsError, SourceSettings, ZeroshotSettings
+from keye_train.settings import DataSettings, SettingsError, SourceSettings, StorageSettings, ZeroshotSettings
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +49,17 @@ def read_zeroshot(data: DataSettings, samples_per_task: int, seed: int) -> dict[
     Raises:
         SettingsError: a shard or its index is missing, or no sample shows one of the classes.
     """
-    return {name: _read_task(name, task, samples_per_task, seed) for name, task in data.zeroshot.items()}
+    return {name: _read_task(name, task, samples_per_task, seed, data.storage) for name, task in data.zeroshot.items()}
 
 
-def _read_task(name: str, settings: ZeroshotSettings, samples_per_task: int, seed: int) -> ZeroshotTask:
+def _read_task(
+    name: str, settings: ZeroshotSettings, samples_per_task: int, seed: int, storage: StorageSettings
+) -> ZeroshotTask:
     classes = list(settings.classes)
     prompts = [[prompt.format(word) for prompt in settings.prompts for word in settings.classes[c]] for c in classes]
-    rows = shard_rows(SourceSettings(settings.shards))
+    rows = shard_rows(SourceSettings(settings.shards), storage)
     found: list[tuple[tuple[str, int], int]] = []  # row and class; the media of a whole task would fill the memory
-    for row, (ref, members, error) in zip(rows, read_rows(rows, name), strict=True):
+    for row, (ref, members, error) in zip(rows, read_rows(rows, name, storage), strict=True):
         try:
             sample = _sample(ref, members, error)
         except SampleError as problem:
@@ -73,7 +75,7 @@ def _read_task(name: str, settings: ZeroshotSettings, samples_per_task: int, see
         )
     order = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(len(found))[:samples_per_task]
     drawn, labels = zip(*(found[number] for number in sorted(order.tolist())), strict=True)
-    return ZeroshotTask(classes, prompts, [_sample(*read) for read in read_rows(drawn, name)], list(labels))
+    return ZeroshotTask(classes, prompts, [_sample(*read) for read in read_rows(drawn, name, storage)], list(labels))
 
 
 def _sample(ref: SampleRef, members: dict[str, bytes], error: str | None) -> Sample:
