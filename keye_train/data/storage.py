@@ -191,7 +191,7 @@ class Storage:
             self._threads = None
 
     def _exactly(self, path: str | Path, start: int, end: int) -> bytes:
-        data: bytes = self._system(path).cat_file(str(path), start, end)
+        data: bytes = self._system(path).cat_file(str(path), start=start, end=end)
         if len(data) != end - start:
             raise OSError(f"got {len(data)} of {end - start} bytes")
         return data
