@@ -2,8 +2,8 @@
 
     python -m benchmarks.index --tokenizer FOLDER
 
-The shards are made for the run: JPEGs of 300 to 700 pixels a side with a caption and the JSON of img2dataset (LAION-like),
-and small PNGs with a short conversation (demo-like). Both passes find the shards in the page cache.
+The shards are made for the run: JPEGs of 300 to 700 pixels a side with a caption and the JSON of img2dataset
+(LAION-like), and small PNGs with a short conversation (demo-like). Both passes find the shards in the page cache.
 """
 
 from __future__ import annotations
