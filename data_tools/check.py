@@ -7,17 +7,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from data_tools.storage_options import add_storage_arguments, storage_from
+from keye_train.data.energon import LayoutFinder
 from keye_train.data.formats import parse_sample
-from keye_train.data.index import file_sha256, find_shards, index_path, read_columns
-from keye_train.data.reader import ShardReader, walk_shard
+from keye_train.data.index import file_sha256, find_shards, has_index, read_columns, read_metadata
+from keye_train.data.reader import ShardReader
+from keye_train.data.storage import Storage
+from keye_train.data.tar import walk_shard
 from keye_train.model.chat import media_slots
 from keye_train.model.images import decode_image
 from keye_train.model.video import decode_video
 from keye_train.sample import MediaKind, SampleError, SampleRef
-from keye_train.settings import ResolutionSettings
+from keye_train.settings import ResolutionSettings, StorageSettings
 
 DESCRIPTION = """\
 Verify shards: the checksum in the index, that every byte range in the index holds the sample it names, and that every
@@ -53,56 +56,62 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("shards", nargs="+", metavar="SHARD", help="paths or patterns of .tar files")
     parser.add_argument("--decode", action="store_true", help="decode all images and videos")
+    add_storage_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check and tell; the exit status."""
-    shards = find_shards(arguments.shards)
+    storage = storage_from(arguments)
+    shards = find_shards(arguments.shards, storage)
     problems = 0
     for shard in tqdm(shards, unit="shard", desc="check"):
-        for problem in check_shard(shard, arguments.decode):
+        for problem in check_shard(shard, arguments.decode, storage):
             problems += 1
             tqdm.write("\t".join((problem.shard, problem.key, problem.reason)))
     print(f"{len(shards)} shards, {problems} problems")
     return 1 if problems else 0
 
 
-def check_shard(shard: str, decode: bool = False) -> Iterator[Problem]:
-    """Everything that is wrong with a shard and its index."""
-    keys = _indexed_keys(shard)
-    if isinstance(keys, str):
-        yield Problem(shard, "", keys)
-    reader = ShardReader()
-    found = []
-    for row, raw in enumerate(walk_shard(shard)):
-        found.append(raw.key)
-        try:
-            if raw.error is not None:
-                raise SampleError(raw.error)
-            members = raw.members
-            if isinstance(keys, list) and row < len(keys) and keys[row] == raw.key:
-                _, members = reader.read(shard, row)
-                if members != raw.members:
-                    yield Problem(shard, raw.key, "the offsets in .tar.idx point elsewhere: index the shard again")
-            _open(SampleRef("", shard, raw.key), members, decode)
-        except SampleError as error:
-            yield Problem(shard, raw.key, str(error))
-    reader.close()
+def check_shard(shard: str, decode: bool = False, storage: StorageSettings | None = None) -> Iterator[Problem]:
+    """Everything that is wrong with a shard and its index. A remote shard is fetched once, to TMPDIR."""
+    files = Storage(storage)
+    layout = LayoutFinder(files)(shard)
+    with files.local_copy(shard) as local:
+        keys = _indexed_keys(shard, str(local), storage)
+        if isinstance(keys, str):
+            yield Problem(shard, "", keys)
+        reader = ShardReader(storage)
+        found = []
+        for row, raw in enumerate(walk_shard(local, layout)):
+            found.append(raw.key)
+            try:
+                if raw.error is not None:
+                    raise SampleError(raw.error)
+                members = raw.members
+                if isinstance(keys, list) and row < len(keys) and keys[row] == raw.key:
+                    _, members = reader.read(shard, row)
+                    if members != raw.members:
+                        yield Problem(shard, raw.key, "the offsets in .tar.idx point elsewhere: index the shard again")
+                _open(SampleRef("", shard, raw.key), members, decode)
+            except SampleError as error:
+                yield Problem(shard, raw.key, str(error))
+        reader.close()
+    files.close()
     if isinstance(keys, list) and keys != found:
         yield Problem(shard, "", "the index lists other samples than the shard holds: index the shard again")
 
 
-def _indexed_keys(shard: str) -> list[str] | str:
+def _indexed_keys(shard: str, local: str, storage: StorageSettings | None) -> list[str] | str:
     """Keys of the index, or what is wrong with it as a whole."""
-    if not index_path(shard).exists():
+    if not has_index(shard, storage):
         return "no index: run keye-data index"
     try:
-        metadata = pq.read_schema(index_path(shard)).metadata or {}
-        keys: list[str] = read_columns(shard, ["key"])["key"].to_pylist()
+        metadata = read_metadata(shard, storage)
+        keys: list[str] = read_columns(shard, ["key"], storage)["key"].to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         return f"the index is damaged: {error}"
-    if metadata.get(b"shard_sha256", b"").decode() != file_sha256(shard):
+    if metadata.get("shard_sha256") != file_sha256(local):
         return "the checksum differs from the index: the shard was changed or damaged after it was indexed"
     return keys
 

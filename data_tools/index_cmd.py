@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from data_tools.storage_options import add_storage_arguments, storage_from
 from keye_train.data.index import (
     ShardHeader,
     build_index,
@@ -20,19 +21,26 @@ from keye_train.data.index import (
     open_header,
     tokenizer_fingerprint,
 )
+from keye_train.data.paths import index_file
+from keye_train.data.storage import Storage, StorageError
+from keye_train.settings import StorageSettings
 
 DESCRIPTION = """\
 Write the index of each shard: SHARD.tar.index.parquet (key, byte range, text tokens, media sizes, task) and
-SHARD.tar.idx (offsets). Media are not decoded; sizes come from their headers. The index belongs to one shard and one
-tokenizer: after a change of either, index again.
+SHARD.tar.idx (offsets), beside the shard or under --index-dir. Media are not decoded; sizes come from their headers.
+The index belongs to one shard and one tokenizer: after a change of either, index again.
 
-Shards whose index fits are skipped, so an interrupted command can simply be run again. Samples that cannot be read get
-a row with the reason; training leaves them out and names them in its ledger.
+Shards whose index fits are skipped, so an interrupted command can simply be run again: an index that is newer than its
+shard and has its size is taken as fitting, any other one is compared with the checksum of the shard (--force indexes
+again). Samples that cannot be read get a row with the reason; training leaves them out and names them in its ledger.
+
+Shards behind URLs are fetched once each, to TMPDIR. Credentials come from the environment.
 """
 EXAMPLES = """\
 examples:
   keye-data index data/photos-00000.tar --tokenizer models/keye
   keye-data index 'data/**/*.tar' 'more/{a,b}-*.tar' --tokenizer models/keye --workers 8
+  keye-data index 's3://bucket/laion/{00000..00999}.tar' --allow-network --index-dir indexes --tokenizer models/keye
 """
 
 
@@ -51,34 +59,56 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
     parser.add_argument("--force", action="store_true", help="index also the shards whose index seems to fit")
+    add_storage_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Index and tell; the exit status."""
-    shards = find_shards(arguments.shards)
+    storage = storage_from(arguments)
+    shards = find_shards(arguments.shards, storage)
     fingerprint = tokenizer_fingerprint(arguments.tokenizer)
-    todo = shards if arguments.force else [s for s in shards if not is_fresh(s, arguments.tokenizer, fingerprint)]
-    samples = 0
-    with tqdm(total=len(shards), initial=len(shards) - len(todo), unit="shard", desc="index") as bar:
-        for header in index_shards(todo, arguments.tokenizer, arguments.workers):
+    files = Storage(storage)
+    sizes = dict(zip(shards, files.map(files.size, shards), strict=True))
+    fresh = [False] * len(shards)
+    if not arguments.force:
+        fresh = files.map(lambda shard: is_fresh(shard, arguments.tokenizer, fingerprint, storage), shards)
+    files.close()
+    # The largest first, so that no process is left alone with one at the end.
+    todo = sorted((s for s, done in zip(shards, fresh, strict=True) if not done), key=lambda s: -sizes[s])
+    samples, done_bytes = 0, sum(sizes.values()) - sum(sizes[shard] for shard in todo)
+    with tqdm(total=sum(sizes.values()), initial=done_bytes, unit="B", unit_scale=True, desc="index") as bar:
+        for number, header in enumerate(index_shards(todo, arguments.tokenizer, arguments.workers, storage), start=1):
             samples += header.rows
-            bar.set_postfix(samples=samples)
-            bar.update()
+            bar.set_postfix(shards=f"{number}/{len(todo)}", samples=samples, refresh=False)
+            bar.update(header.shard_bytes)
     print(f"indexed {len(todo)} shards with {samples} samples; {len(shards) - len(todo)} were up to date")
     return 0
 
 
-def is_fresh(shard: str, tokenizer: Path, fingerprint: str) -> bool:
-    """Whether a shard has an index that fits its checksum and the tokenizer."""
+def is_fresh(shard: str, tokenizer: Path, fingerprint: str, storage: StorageSettings | None = None) -> bool:
+    """Whether a shard has an index that fits the tokenizer, and its size and time of change or else its checksum.
+
+    Raises:
+        StorageError: a remote shard or index cannot be reached.
+    """
     try:
-        header = open_header(shard, tokenizer, fingerprint)
+        header = open_header(shard, tokenizer, fingerprint, storage)
+    except StorageError:
+        raise
     except ValueError:
         return False
-    return header.sha256 == file_sha256(shard)
+    files = Storage(storage)
+    changed, indexed = files.modified(shard), files.modified(index_file(shard, storage))
+    if changed is not None and indexed is not None and changed < indexed:
+        return True
+    with files.local_copy(shard) as local:
+        return header.sha256 == file_sha256(local)
 
 
-def index_shards(shards: Sequence[str], tokenizer: Path, workers: int) -> Iterator[ShardHeader]:
+def index_shards(
+    shards: Sequence[str], tokenizer: Path, workers: int, storage: StorageSettings | None = None
+) -> Iterator[ShardHeader]:
     """Write the index of each shard, in up to ``workers`` processes; yields as they get ready.
 
     Raises:
@@ -86,13 +116,13 @@ def index_shards(shards: Sequence[str], tokenizer: Path, workers: int) -> Iterat
     """
     if workers < 2 or len(shards) < 2:
         loaded, fingerprint = load_tokenizer(tokenizer), tokenizer_fingerprint(tokenizer)
-        yield from (build_index(shard, loaded, fingerprint) for shard in shards)
+        yield from (build_index(shard, loaded, fingerprint, storage) for shard in shards)
         return
     pool = ProcessPoolExecutor(
         min(workers, len(shards)),
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_prepare,
-        initargs=(tokenizer,),
+        initargs=(tokenizer, storage),
     )
     try:
         yield from (future.result() for future in as_completed([pool.submit(_index, shard) for shard in shards]))
@@ -112,15 +142,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"--tokenizer {folder}: cannot be loaded: {error}") from error
 
 
-_tokenizer: tuple[PreTrainedTokenizerBase, str] | None = None  # of a worker process
+# Tokenizer, its fingerprint and the storage of a worker process.
+_prepared: tuple[PreTrainedTokenizerBase, str, StorageSettings | None] | None = None
 
 
-def _prepare(folder: Path) -> None:
-    global _tokenizer
+def _prepare(folder: Path, storage: StorageSettings | None) -> None:
+    global _prepared
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one thread
-    _tokenizer = load_tokenizer(folder), tokenizer_fingerprint(folder)
+    _prepared = load_tokenizer(folder), tokenizer_fingerprint(folder), storage
 
 
 def _index(shard: str) -> ShardHeader:
-    assert _tokenizer is not None, "the process was not prepared"
-    return build_index(shard, *_tokenizer)
+    assert _prepared is not None, "the process was not prepared"
+    return build_index(shard, *_prepared)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from data_tools.storage_options import add_storage_arguments, storage_from
 from keye_train.data.corpus import Sizes, measure
-from keye_train.data.index import find_shards, index_path, read_columns
-from keye_train.settings import ResolutionSettings
+from keye_train.data.index import find_shards, has_index, read_columns
+from keye_train.settings import ResolutionSettings, StorageSettings
 
 DESCRIPTION = """\
 Count samples, tokens and patches, per task and in all, from the indexes: no shard is opened. Tokens and patches of
@@ -52,13 +53,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of data.resolution (repeatable)"
     )
+    add_storage_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Count and tell; the exit status."""
-    shards = find_shards(arguments.shards)
-    summary = summarise(shards, read_resolution(arguments.set))
+    storage = storage_from(arguments)
+    shards = find_shards(arguments.shards, storage)
+    summary = summarise(shards, read_resolution(arguments.set), storage)
     print(render(summary, len(shards)))
     return 0
 
@@ -78,7 +81,7 @@ def read_resolution(assignments: list[str]) -> ResolutionSettings:
     return resolution
 
 
-def summarise(shards: list[str], resolution: ResolutionSettings) -> Summary:
+def summarise(shards: list[str], resolution: ResolutionSettings, storage: StorageSettings | None = None) -> Summary:
     """Read the indexes of shards.
 
     Raises:
@@ -87,9 +90,9 @@ def summarise(shards: list[str], resolution: ResolutionSettings) -> Summary:
     parts, tasks = [], []
     errors: Counter[str] = Counter()
     for shard in tqdm(shards, unit="shard", desc="stats", leave=False):
-        if not index_path(shard).exists():
+        if not has_index(shard, storage):
             raise ValueError(f"the shard {shard} has no index; run: keye-data index {shard} --tokenizer DIR")
-        table = read_columns(shard, ["text_tokens", "media", "task", "error"])
+        table = read_columns(shard, ["text_tokens", "media", "task", "error"], storage)
         sizes, wrong = measure(table, resolution)
         parts.append(sizes)
         names = table["task"].to_pylist()

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from keye_train.data.index import ShardHeader, find_shards, open_header, read_columns, read_key, tokenizer_fingerprint
+from keye_train.data.index import ShardHeader, find_shards, open_headers, read_columns, read_key, tokenizer_fingerprint
 from keye_train.model.positions import grid_tokens, media_grid
 from keye_train.sample import MediaInfo, MediaKind, SampleError, SampleRef
-from keye_train.settings import ResolutionSettings, SourceSettings
+from keye_train.settings import ResolutionSettings, SourceSettings, StorageSettings
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Source:
     first_rows: np.ndarray  # [shards + 1] int64: row of the source at which each shard starts
     sizes: Sizes
     errors: dict[int, str]  # row -> why the sample cannot be trained on
+    storage: StorageSettings | None = None  # how its shards are reached
 
     def __len__(self) -> int:
         return int(self.first_rows[-1])
@@ -76,7 +77,7 @@ class Source:
     def ref(self, row: int) -> SampleRef:
         """Name of a sample; reads its key from the index, so not for every sample."""
         shard, shard_row = self.locate(row)
-        return SampleRef(self.name, shard, read_key(shard, shard_row))
+        return SampleRef(self.name, shard, read_key(shard, shard_row, self.storage))
 
 
 class Corpus:
@@ -94,6 +95,7 @@ class Corpus:
         tokenizer: str | Path,
         resolution: ResolutionSettings,
         pair_tokens: int | None = None,
+        storage: StorageSettings | None = None,
     ) -> Corpus:
         """Open the index of every shard.
 
@@ -103,6 +105,7 @@ class Corpus:
             resolution: decides what media cost.
             pair_tokens: for image-caption pairs (Stage 0): caption tokens that every sample takes, whatever its text;
                 samples that are not one image with a text count as unreadable.
+            storage: ``data.storage``.
 
         Raises:
             ValueError: a shard is missing, or its index is missing, stale or foreign.
@@ -110,8 +113,9 @@ class Corpus:
         fingerprint = tokenizer_fingerprint(tokenizer)
         opened = {}
         for name, settings in sources.items():
-            headers = [open_header(shard, tokenizer, fingerprint) for shard in find_shards(settings.shards)]
-            opened[name] = _open_source(name, headers, resolution, pair_tokens)
+            shards = find_shards(settings.shards, storage)
+            headers = open_headers(shards, tokenizer, fingerprint, storage)
+            opened[name] = _open_source(name, headers, resolution, pair_tokens, storage)
         return cls(opened, resolution)
 
     def fingerprint(self) -> str:
@@ -126,18 +130,22 @@ class Corpus:
 
 
 def _open_source(
-    name: str, headers: list[ShardHeader], resolution: ResolutionSettings, pair_tokens: int | None
+    name: str,
+    headers: list[ShardHeader],
+    resolution: ResolutionSettings,
+    pair_tokens: int | None,
+    storage: StorageSettings | None,
 ) -> Source:
     first_rows = np.cumsum([0] + [header.rows for header in headers])
     grids: dict[tuple, tuple[int, int] | str] = {}  # size of media -> (tokens, patches) or what is wrong with it
     parts = []
     errors: dict[int, str] = {}
     for header, first in zip(headers, first_rows[:-1].tolist(), strict=True):
-        table = read_columns(header.shard, ["text_tokens", "media", "error"])
+        table = read_columns(header.shard, ["text_tokens", "media", "error"], storage)
         sizes, wrong = measure(table, resolution, pair_tokens, grids)
         parts.append(sizes)
         errors |= {first + row: reason for row, reason in wrong.items()}
-    return Source(name, tuple(headers), first_rows, Sizes.concatenate(parts), errors)
+    return Source(name, tuple(headers), first_rows, Sizes.concatenate(parts), errors, storage)
 
 
 def measure(

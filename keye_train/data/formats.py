@@ -1,13 +1,21 @@
 """From the members of one tar sample to a conversation: the layouts that shards may have.
 
-================================================  =========================================================
-members of a sample                               becomes
-================================================  =========================================================
-``.json`` with ``messages`` (+ media)             that conversation; its media are named in it
-``.jpg`` / ``.png`` / ... + ``.txt``              user: the image, assistant: the text (LAION, img2dataset)
-``.jpg`` / ``.png`` / ... + ``.json`` ``caption`` the same
-``.txt``, or ``.json`` with ``text``              pure text, all of it spoken by the assistant
-================================================  =========================================================
+===================================================  ==================================================================
+members of a sample                                  becomes
+===================================================  ==================================================================
+``.json`` with ``messages`` (+ media)                that conversation; its media are named in it, or marked in texts
+                                                     by ``<image>`` / ``<video>`` (with lists ``images``, ``videos``)
+``.json`` with ``conversations`` (+ media)           LLaVA: turns ``from`` / ``value`` with such markers
+``.json`` with ``texts`` and ``images``              interleaved (OBELICS): two lists, one of both null at each place
+``.json`` with ``text_list`` and ``image_info``      interleaved (MMC4): images before the sentences that they match
+image or video + ``.txt``                            user: the media, assistant: the text (LAION, img2dataset)
+image or video + ``.json`` ``caption``               the same; several images have numbers: ``.0.jpg``, ``.1.jpg``
+``.txt``, or ``.json`` with ``text``                 pure text, all of it spoken by the assistant
+any, in a folder with ``.nv-meta/dataset.yaml``      what its ``field_map`` says (megatron-energon; see ``energon``)
+===================================================  ==================================================================
+
+Documents are spoken by the assistant as a whole, with images in their places. Names in ``images`` that are no members
+(URLs, paths of the original files) stand for the members in order where their order is evident.
 
 Shards come from strangers. Nothing is executed or unpickled, and nothing is looked up outside the sample.
 """
@@ -18,6 +26,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from keye_train.data.layouts import (
+    fill_markers,
+    has_markers,
+    in_order,
+    llava_messages,
+    media_part,
+    parallel_lists,
+    placed_images,
+    resolve_media,
+)
 from keye_train.model.chat import MediaSlot, parse_turns
 from keye_train.sample import MediaKind, Sample, SampleError, SampleRef
 
@@ -71,11 +89,7 @@ def parse_sample(ref: SampleRef, members: Mapping[str, bytes]) -> Sample:
             raise SampleError(f"member .{name} would have to be unpickled, which is refused")
     described = _parse_json(members["json"]) if "json" in members else {}
     media = {name: data for name, data in members.items() if media_kind(name)}
-    if "messages" in described:
-        messages = described.pop("messages")
-        default_task = "chat"
-    else:
-        messages, default_task = _plain_messages(described, members, list(media))
+    messages, default_task = _conversation(described, members, list(media))
     names = _check_messages(messages, media)
     task = described.pop("task", default_task)
     if not isinstance(task, str):
@@ -91,6 +105,46 @@ def _parse_json(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SampleError(f"member .json holds a {type(value).__name__}, expected an object")
     return value
+
+
+def _conversation(
+    described: dict[str, Any], members: Mapping[str, bytes], media: list[str]
+) -> tuple[list[dict[str, Any]], str]:
+    """Conversation and default task; takes what it used out of ``described``."""
+    if "messages" in described:
+        messages = described.pop("messages")
+        if media and has_markers(messages):
+            messages = fill_markers(messages, _marked_media(described, media))
+        return messages, "chat"
+    if "conversations" in described:
+        return fill_markers(llava_messages(described.pop("conversations")), _marked_media(described, media)), "chat"
+    if "text_list" in described and "image_info" in described:
+        infos = described.pop("image_info")
+        if not isinstance(infos, list) or not all(isinstance(info, dict) for info in infos):
+            raise SampleError("'image_info' is no list of objects")
+        images = [info.get("image_name") for info in infos]
+        places = [info.get("matched_text_index") for info in infos]
+        return placed_images(described.pop("text_list"), images, places, media), "interleaved"
+    if "texts" in described and "images" in described:
+        return parallel_lists(described.pop("texts"), described.pop("images"), media), "interleaved"
+    return _plain_messages(described, members, media)
+
+
+def _marked_media(described: dict[str, Any], media: list[str]) -> dict[MediaKind, list[str]]:
+    """Members of each kind in the order in which markers stand for them.
+
+    Raises:
+        SampleError: the sample has several media of a kind in no evident order.
+    """
+    found = {}
+    for kind in MediaKind:
+        names = [name for name in media if media_kind(name) == kind]
+        listed = [described.pop(key) for key in (kind.value, f"{kind.value}s") if described.get(key) is not None]
+        ordered = resolve_media(listed[0], names, kind.value) if listed else in_order(names)
+        if ordered is None:
+            raise SampleError(f"{sorted(names)} have no order: number them, or list them under '{kind.value}s'")
+        found[kind] = ordered
+    return found
 
 
 def _plain_messages(
@@ -114,11 +168,13 @@ def _plain_messages(
     answer = {"role": "assistant", "content": text.strip() if media else text}
     if not media:
         return [answer], "text"
-    if len(media) > 1:
-        raise SampleError(f"{sorted(media)} with one caption: give .json with 'messages' for several media")
-    kind = media_kind(media[0])
-    assert kind is not None
-    return [{"role": "user", "content": [{"type": kind.value, kind.value: media[0]}]}, answer], "caption"
+    ordered = in_order(media)
+    if ordered is None:
+        raise SampleError(
+            f"{sorted(media)} with one caption: number several media from 0 on, or give .json with 'messages'"
+        )
+    parts = [media_part(name, kind) for name in ordered if (kind := media_kind(name)) is not None]
+    return [{"role": "user", "content": parts}, answer], "caption"
 
 
 def _check_messages(messages: Any, media: Mapping[str, bytes]) -> list[str]:

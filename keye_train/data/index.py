@@ -7,12 +7,11 @@ follows from the sizes and the recipe's resolution settings.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import logging
-import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,44 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from braceexpand import braceexpand
 from transformers import PreTrainedTokenizerBase
 
+from keye_train.data.energon import LayoutFinder
 from keye_train.data.formats import parse_sample
-from keye_train.data.reader import OFFSET_BYTES, RawSample, offsets_path, walk_shard
-from keye_train.model.chat import media_slots, text_token_count
+from keye_train.data.paths import OFFSET_BYTES, find_shards, index_file, index_path, offsets_file
+from keye_train.data.storage import Storage, StorageError, is_url
+from keye_train.data.tar import RawSample, walk_shard
+from keye_train.model.chat import media_slots, text_token_counts
 from keye_train.model.images import probe_image
 from keye_train.model.video import probe_video
 from keye_train.sample import MediaInfo, MediaKind, Sample, SampleError, SampleRef
+from keye_train.settings import StorageSettings
+
+__all__ = [
+    "INDEX_VERSION",
+    "SCHEMA",
+    "ShardHeader",
+    "build_index",
+    "file_sha256",
+    "find_shards",
+    "has_index",
+    "index_path",
+    "open_header",
+    "open_headers",
+    "probe_media",
+    "read_columns",
+    "read_key",
+    "read_metadata",
+    "tokenizer_fingerprint",
+]
 
 log = logging.getLogger(__name__)
 
-INDEX_VERSION = "1"
+INDEX_VERSION = "2"
 """Goes up whenever the same shard would give other rows: a new layout, or another count of text tokens."""
+
+BATCH_SAMPLES, BATCH_BYTES = 512, 2**27
+"""Samples whose texts are counted together, and the bytes after which no more are waited for."""
 
 SCHEMA = pa.schema(
     [
@@ -61,16 +84,11 @@ SCHEMA = pa.schema(
 )
 
 
-def index_path(shard: str | Path) -> Path:
-    """Where the index of a shard stands."""
-    return Path(f"{shard}.index.parquet")
-
-
 @dataclass(frozen=True)
 class ShardHeader:
     """What an index says about its shard as a whole."""
 
-    shard: str  # path of the .tar
+    shard: str  # path or URL of the .tar
     rows: int
     shard_bytes: int
     sha256: str  # of the shard
@@ -95,88 +113,94 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_shards(patterns: Iterable[str]) -> list[str]:
-    """Paths of the shards that patterns with ``*``, ``?``, ``[...]`` and ``{a,b}`` stand for, each once, in order.
-
-    Raises:
-        ValueError: a pattern matches nothing, a shard is missing, or a URL is given.
-    """
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        if "://" in pattern:
-            raise ValueError(f"{pattern}: shards are read from local paths; copy or mount them and give the path")
-        for plain in braceexpand(pattern, escape=False):
-            matches = [plain]
-            if glob.has_magic(plain):
-                matches = sorted(glob.glob(plain, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute ones)
-            if not matches:
-                raise ValueError(f"no shard matches {plain}; check the path in data.sources (from {Path.cwd()})")
-            for match in matches:
-                if not Path(match).is_file():
-                    raise ValueError(f"the shard {match} does not exist; check the path in data.sources")
-                found[match] = None
-    return list(found)
-
-
 # ------------------------------------------------------------------------------------------------------ writing
 
 
-def build_index(shard: str | Path, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> ShardHeader:
-    """Write the two index files of a local shard; they appear whole or not at all.
+def build_index(
+    shard: str | Path, tokenizer: PreTrainedTokenizerBase, fingerprint: str, storage: StorageSettings | None = None
+) -> ShardHeader:
+    """Write the two index files of a shard; each appears whole or not at all.
 
     Args:
-        shard: path of the .tar.
+        shard: path or URL of the .tar. A remote one is fetched once, to TMPDIR.
         tokenizer: counts the text tokens.
         fingerprint: of that tokenizer, see ``tokenizer_fingerprint``.
+        storage: ``data.storage``.
+
+    Raises:
+        ValueError: the shard stands in a folder whose ``.nv-meta`` cannot be used.
+        StorageError: a remote shard or index cannot be read or written.
     """
-    shard = Path(shard)
-    sha256 = file_sha256(shard)
-    total = shard.stat().st_size
-    raws: list[tuple[int, int]] = []
-    rows: list[dict[str, Any]] = []
-    for raw in walk_shard(shard):
-        rows.append(index_row(raw, tokenizer, str(shard)))
-        raws.append((raw.offset, raw.offset + raw.size))
-    offsets = np.array([start for start, _ in raws] + [raws[-1][1] if raws else 0], dtype="<u8")
-    metadata = {
-        "version": INDEX_VERSION,
-        "shard_bytes": str(total),
-        "shard_sha256": sha256,
-        "tokenizer": fingerprint,
-    }
-    table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata))
-    _replace(offsets_path(shard), offsets.tobytes())
+    shard = str(shard)
+    files = Storage(storage)
+    layout = LayoutFinder(files)(shard)
+    with files.local_copy(shard) as local, ThreadPoolExecutor(1) as thread:
+        sha256 = thread.submit(file_sha256, local)  # beside the walk: hashing leaves the interpreter free
+        columns = _index_columns(walk_shard(local, layout), tokenizer, shard)
+        total = local.stat().st_size
+        metadata = {
+            "version": INDEX_VERSION,
+            "shard_bytes": str(total),
+            "shard_sha256": sha256.result(),
+            "tokenizer": fingerprint,
+            "layout": str(layout or ""),
+        }
+    table = pa.table(columns, schema=SCHEMA.with_metadata(metadata))
+    rows, ends = len(table), [start + size for start, size in zip(columns["offset"], columns["size"], strict=True)]
+    files.write(
+        offsets_file(shard, storage), np.array([*columns["offset"], *(ends[-1:] or [0])], dtype="<u8").tobytes()
+    )
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    _replace(index_path(shard), sink.getvalue().to_pybytes())  # last: its presence means that both are there
-    bad = sum(row["error"] is not None for row in rows)
+    # Last: its presence means that both are there.
+    files.write(index_file(shard, storage), sink.getvalue().to_pybytes())
+    files.close()
+    bad = rows - columns["error"].count(None)
     if bad:
-        log.warning("%s: %d of %d samples cannot be read; see `keye-data check %s`", shard, bad, len(rows), shard)
-    return ShardHeader(str(shard), len(rows), total, sha256, fingerprint)
+        log.warning("%s: %d of %d samples cannot be read; see `keye-data check %s`", shard, bad, rows, shard)
+    return ShardHeader(shard, rows, total, metadata["shard_sha256"], fingerprint)
 
 
-def index_row(raw: RawSample, tokenizer: PreTrainedTokenizerBase, shard: str) -> dict[str, Any]:
-    """Row of ``SCHEMA`` for one sample, readable or not."""
-    row: dict[str, Any] = {
-        "key": raw.key,
-        "offset": raw.offset,
-        "size": raw.size,
-        "text_tokens": 0,
-        "media": [],
-        "task": "",
-        "error": raw.error,
-    }
+def _index_columns(raws: Iterable[RawSample], tokenizer: PreTrainedTokenizerBase, shard: str) -> dict[str, list[Any]]:
+    """Columns of ``SCHEMA``; texts are counted many at a time, which the tokenizer does faster."""
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    for batch in _batches(raws):
+        described = [_describe(raw, shard) for raw in batch]
+        readable = [sample.messages for sample, _, _ in described if sample is not None]
+        counts = iter(text_token_counts(tokenizer, readable))
+        for raw, (sample, media, error) in zip(batch, described, strict=True):
+            columns["key"].append(raw.key)
+            columns["offset"].append(raw.offset)
+            columns["size"].append(raw.size)
+            columns["text_tokens"].append(0 if sample is None else next(counts))
+            columns["media"].append(media)
+            columns["task"].append("" if sample is None else sample.task)
+            columns["error"].append(error)
+    return columns
+
+
+def _batches(raws: Iterable[RawSample]) -> Iterator[list[RawSample]]:
+    """Up to BATCH_SAMPLES samples and about BATCH_BYTES at a time."""
+    batch: list[RawSample] = []
+    size_bytes = 0
+    for raw in raws:
+        batch.append(raw)
+        size_bytes += raw.size
+        if len(batch) >= BATCH_SAMPLES or size_bytes >= BATCH_BYTES:
+            yield batch
+            batch, size_bytes = [], 0
+    yield batch
+
+
+def _describe(raw: RawSample, shard: str) -> tuple[Sample | None, list[dict[str, Any]], str | None]:
+    """The sample, the sizes of its media, and why it cannot be read."""
     if raw.error is not None:
-        return row
+        return None, [], raw.error
     try:
         sample = parse_sample(SampleRef("", shard, raw.key), raw.members)
-        row["media"] = [vars(info) | {"kind": info.kind.value} for info in probe_media(sample)]
-        row["text_tokens"] = text_token_count(tokenizer, sample.messages)
-        row["task"] = sample.task
+        return sample, [vars(info) | {"kind": info.kind.value} for info in probe_media(sample)], None
     except SampleError as error:
-        row["error"] = str(error)
-        row["media"] = []
-    return row
+        return None, [], str(error)
 
 
 def probe_media(sample: Sample) -> list[MediaInfo]:
@@ -195,42 +219,69 @@ def probe_media(sample: Sample) -> list[MediaInfo]:
     return infos
 
 
-def _replace(path: Path, data: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
 # ------------------------------------------------------------------------------------------------------ reading
 
 
-def open_header(shard: str, tokenizer_folder: str | Path, fingerprint: str | None = None) -> ShardHeader:
+def open_header(
+    shard: str,
+    tokenizer_folder: str | Path,
+    fingerprint: str | None = None,
+    storage: StorageSettings | None = None,
+) -> ShardHeader:
     """Check that the index of a shard is there, whole and made for this shard and tokenizer, and read its header.
 
     The shard's size is compared, not its checksum, so that opening stays cheap; ``keye-data check`` compares both.
 
     Args:
-        shard: path of the .tar.
+        shard: path or URL of the .tar.
         tokenizer_folder: the recipe's ``model.tokenizer``.
         fingerprint: of that tokenizer, where the caller knows it already.
+        storage: ``data.storage``.
 
     Raises:
         ValueError: with the command that mends it.
+        StorageError: a remote shard or its index cannot be reached.
     """
-    mend = f"run: keye-data index {shlex.quote(shard)} --tokenizer {shlex.quote(str(tokenizer_folder))}"
+    (header,) = open_headers([shard], tokenizer_folder, fingerprint, storage)
+    return header
+
+
+def open_headers(
+    shards: Sequence[str],
+    tokenizer_folder: str | Path,
+    fingerprint: str | None = None,
+    storage: StorageSettings | None = None,
+) -> list[ShardHeader]:
+    """``open_header`` of many shards; remote ones several at a time."""
     fingerprint = fingerprint or tokenizer_fingerprint(tokenizer_folder)
+    files = Storage(storage)
+    layouts = LayoutFinder(files)
     try:
-        shard_bytes = Path(shard).stat().st_size
+        return files.map(lambda shard: _open_header(shard, tokenizer_folder, fingerprint, files, layouts), shards)
+    finally:
+        files.close()
+
+
+def _open_header(
+    shard: str, tokenizer_folder: str | Path, fingerprint: str, files: Storage, layouts: LayoutFinder
+) -> ShardHeader:
+    flag = " --allow-network" if is_url(shard) else ""
+    folder = f" --index-dir {shlex.quote(files.settings.index_dir)}" if files.settings.index_dir else ""
+    command = f"keye-data index {shlex.quote(shard)} --tokenizer {shlex.quote(str(tokenizer_folder))}{folder}{flag}"
+    mend = f"run: {command}"
+    try:
+        shard_bytes = files.size(shard)
     except FileNotFoundError as error:
         raise ValueError(f"the shard {shard} does not exist; check the path in data.sources") from error
-    if not index_path(shard).exists() or not offsets_path(shard).exists():
-        raise ValueError(f"the shard {shard} has no index; {mend}")
+    index, offsets = index_file(shard, files.settings), offsets_file(shard, files.settings)
     try:
-        file = pq.ParquetFile(index_path(shard))
+        offsets_bytes = files.size(offsets)
+        file = pq.ParquetFile(_parquet_source(index, files))
         schema, rows = file.schema_arrow, file.metadata.num_rows
+    except StorageError:
+        raise
+    except FileNotFoundError as error:
+        raise ValueError(f"the shard {shard} has no index; {mend}") from error
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"the index of the shard {shard} is damaged ({error}); {mend}") from error
     metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
@@ -239,8 +290,7 @@ def open_header(shard: str, tokenizer_folder: str | Path, fingerprint: str | Non
             f"the index of the shard {shard} has format {metadata.get('version')}, this program reads "
             f"{INDEX_VERSION}; {mend}"
         )
-    offsets_whole = offsets_path(shard).stat().st_size == (rows + 1) * OFFSET_BYTES
-    if metadata["shard_bytes"] != str(shard_bytes) or not offsets_whole:
+    if metadata["shard_bytes"] != str(shard_bytes) or offsets_bytes != (rows + 1) * OFFSET_BYTES:
         raise ValueError(
             f"the index of the shard {shard} is stale: it was made when the shard had {metadata['shard_bytes']} bytes, "
             f"now it has {shard_bytes}; {mend}"
@@ -250,14 +300,36 @@ def open_header(shard: str, tokenizer_folder: str | Path, fingerprint: str | Non
             f"the index of the shard {shard} was made with another tokenizer than {tokenizer_folder}, so its token "
             f"counts do not hold; {mend}"
         )
+    if metadata["layout"] != str(layouts(shard) or ""):
+        raise ValueError(
+            f"the index of the shard {shard} is stale: .nv-meta/dataset.yaml of its folder was changed since; {mend}"
+        )
     return ShardHeader(shard, rows, shard_bytes, metadata["shard_sha256"], fingerprint)
 
 
-def read_columns(shard: str, columns: Sequence[str]) -> pa.Table:
+def has_index(shard: str, storage: StorageSettings | None = None) -> bool:
+    """Whether both files of an index are there; not whether they fit."""
+    files = Storage(storage)
+    return files.exists(index_file(shard, storage)) and files.exists(offsets_file(shard, storage))
+
+
+def _parquet_source(index: str, files: Storage) -> Any:
+    if not is_url(index):
+        return index  # read in part
+    return pa.BufferReader(files.read(index))
+
+
+def read_columns(shard: str, columns: Sequence[str], storage: StorageSettings | None = None) -> pa.Table:
     """Some columns of the index of a shard that ``open_header`` has accepted."""
-    return pq.read_table(index_path(shard), columns=list(columns))
+    return pq.read_table(_parquet_source(index_file(shard, storage), Storage(storage)), columns=list(columns))
 
 
-def read_key(shard: str, row: int) -> str:
+def read_metadata(shard: str, storage: StorageSettings | None = None) -> dict[str, str]:
+    """What the index of a shard says about the shard as a whole."""
+    schema = pq.read_schema(_parquet_source(index_file(shard, storage), Storage(storage)))
+    return {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+
+
+def read_key(shard: str, row: int, storage: StorageSettings | None = None) -> str:
     """Key of one sample, for messages."""
-    return read_columns(shard, ["key"])["key"][row].as_py()
+    return read_columns(shard, ["key"], storage)["key"][row].as_py()

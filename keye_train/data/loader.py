@@ -24,7 +24,7 @@ from keye_train.data.pool import ReaderPool
 from keye_train.data.reader import ShardReader
 from keye_train.model.sample_encoder import EncodedPair, EncodedSample, SampleEncoder
 from keye_train.sample import SampleError, SampleRef
-from keye_train.settings import Objective, TrainSettings
+from keye_train.settings import Objective, StorageSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,20 @@ def _unwatched(_: int) -> AbstractContextManager[None]:
 class PackReader:
     """Reads packs. Goes into the reader processes, so it knows shards by path only, never the corpus."""
 
-    def __init__(self, processor: SampleEncoder, objective: Objective, max_tokens: int, captions: bool = False) -> None:
+    def __init__(
+        self,
+        processor: SampleEncoder,
+        objective: Objective,
+        max_tokens: int,
+        captions: bool = False,
+        storage: StorageSettings | None = None,
+    ) -> None:
         self.processor = processor
         self.objective = objective
         self.max_tokens = max_tokens
         self.captions = captions  # lay out pairs for the caption loss too
-        self._shards = ShardReader()
+        self._storage = storage
+        self._shards = ShardReader(storage)
 
     def __call__(
         self, tasks: tuple[ReadTask, ...], given_up: Mapping[int, str] | None = None, watch: Watch = _unwatched
@@ -80,18 +88,20 @@ class PackReader:
 
         Raises:
             ValueError: a sample has another size than its index says.
+            OSError: a shard cannot be read; no sample is skipped for that.
         """
+        found = self._shards.read_many([(task.shard, task.row) for task in tasks])
         read: list[Any] = []
         skipped: list[tuple[SampleRef, str]] = []
         whole: list[ReadTask] = []
-        for number, task in enumerate(tasks):
+        for number, (task, raw) in enumerate(zip(tasks, found, strict=True)):
             try:
                 if given_up and number in given_up:
                     raise SampleError(given_up[number])
-                read.append(self._encode(task, number, watch))
+                read.append(self._encode(task, raw, number, watch))
                 whole.append(task)
             except SampleError as error:
-                ref = SampleRef(task.source, task.shard, read_key(task.shard, task.row))
+                ref = SampleRef(task.source, task.shard, read_key(task.shard, task.row, self._storage))
                 skipped.append((ref, str(error)))
         model = self.processor.model
         pairs = self.objective == Objective.contrastive
@@ -106,8 +116,12 @@ class PackReader:
             digest=digest_samples((task.source, task.source_row) for task in whole),
         )
 
-    def _encode(self, task: ReadTask, number: int, watch: Watch) -> EncodedSample | EncodedPair:
-        key, members = self._shards.read(task.shard, task.row)
+    def _encode(
+        self, task: ReadTask, raw: tuple[str, dict[str, bytes]] | SampleError, number: int, watch: Watch
+    ) -> EncodedSample | EncodedPair:
+        if isinstance(raw, SampleError):
+            raise raw
+        key, members = raw
         encoded: EncodedSample | EncodedPair
         with watch(number):
             sample = parse_sample(SampleRef(task.source, task.shard, key), members)
@@ -167,7 +181,11 @@ class Loader:
         self._steps = self._planned_steps(world_size, settings.stage.steps, state)
         self._ahead: deque[_PlannedStep] = deque()
         self._read = PackReader(
-            processor, settings.stage.objective, settings.stage.max_tokens, settings.stage.caption_weight > 0
+            processor,
+            settings.stage.objective,
+            settings.stage.max_tokens,
+            settings.stage.caption_weight > 0,
+            settings.data.storage,
         )
         workers = settings.data.workers
         limits = DecodeLimits(settings.data.decode_seconds, settings.data.decode_bytes)

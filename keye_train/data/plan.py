@@ -192,6 +192,7 @@ class Plan:
             settings.model.tokenizer,
             data.resolution,
             settings.model.text_tower.max_tokens if stage.objective == Objective.contrastive else None,
+            data.storage,
         )
         exclude(corpus, data.quarantine)
         budget = Budget(stage.max_tokens, stage.max_patches)

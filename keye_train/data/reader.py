@@ -1,176 +1,188 @@
-"""Samples out of local shards: the whole tar in order (for the index), or one sample by its byte range (for training).
+"""Samples out of shards by their rows, for training: byte ranges, merged, fetched and cut apart again.
 
-Both ways give the same bytes, because both let ``tarfile`` parse the same headers and both take regular files only.
+Local shards are read by pread. Remote ones are read by ranges, several at once, or from a whole copy in the cache of
+this node. Where the bytes come from changes nothing in what is read.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import struct
-import tarfile
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from keye_train.data.formats import split_member_name
+from keye_train.data.cache import ShardCache
+from keye_train.data.energon import EnergonLayout, LayoutFinder
+from keye_train.data.paths import OFFSET_BYTES, offsets_file, offsets_path
+from keye_train.data.storage import Storage, StorageError, is_url
+from keye_train.data.tar import RawSample, read_sample, walk_shard
 from keye_train.sample import SampleError
+from keye_train.settings import StorageSettings
+
+__all__ = ["OFFSET_BYTES", "RawSample", "ShardReader", "merge_ranges", "offsets_path", "walk_shard"]
 
 OPEN_SHARDS = 64
-"""Shards that a reader keeps open; two file descriptors each."""
+"""Shards that a reader keeps open: two file descriptors each, or 8 bytes a sample for a remote one."""
 
-OFFSET_BYTES = 8
+MERGED_BYTES = 64 * 2**20
+"""A merged read does not grow beyond this; a single sample may be larger."""
+
+Range = tuple[int, int]  # bytes [start, end)
+Members = dict[str, bytes]
 
 
-def offsets_path(shard: str | Path) -> Path:
-    """``SHARD.tar.idx``: where each sample starts and where the last one ends, little-endian uint64.
+def merge_ranges(ranges: Iterable[Range], gap: int, limit: int = MERGED_BYTES) -> list[Range]:
+    """Few ranges that cover all of ``ranges``, in order; each given range lies within one of them.
 
-    The layout that megatron-energon reads, too.
+    Args:
+        ranges: in any order; they may overlap.
+        gap: bytes between two ranges that may be read for nothing.
+        limit: a range that is joined from several is at most so long, unless they overlap.
     """
-    return Path(f"{shard}.idx")
+    merged: list[Range] = []
+    for start, end in sorted(ranges):
+        if merged:
+            first, last = merged[-1]
+            joined = max(last, end)
+            if start < last or (start - last <= gap and joined - first <= limit):
+                merged[-1] = (first, joined)
+                continue
+        merged.append((start, end))
+    return merged
 
 
-@dataclass
-class RawSample:
-    """Members of one sample as they stand in the tar."""
+@dataclass(frozen=True)
+class _Open:
+    """An open shard."""
 
-    key: str
-    offset: int  # byte of the first header
-    size: int  # bytes up to the end of the last member, padding included
-    members: dict[str, bytes] = field(default_factory=dict)  # name without the key -> bytes
-    error: str | None = None  # why the sample cannot be read
-
-
-def walk_shard(path: str | Path) -> Iterator[RawSample]:
-    """All samples of a local tar in order, damaged ones included.
-
-    Members that follow each other with the same key are one sample. Where the archive itself is damaged, the rest of
-    it comes as one last sample with an error, so that its loss does not go unnoticed.
-    """
-    total = Path(path).stat().st_size
-    current: RawSample | None = None
-    end = 0  # of what could be read
-    with Path(path).open("rb") as file:
-        for member in _members(file):
-            end = min(member.end, total)
-            problem = member.problem
-            try:
-                key, name = split_member_name(member.name)
-            except SampleError as error:
-                key = name = member.name.encode("utf-8", "backslashreplace").decode()
-                problem = str(error)
-            if current is None or key != current.key:
-                if current is not None:
-                    yield current
-                current = RawSample(key, member.offset, 0)
-            _add_member(current, name, member.data, problem)
-            current.size = end - current.offset
-        if current is not None:
-            yield current
-        file.seek(end)
-        if total == 0 or file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            yield RawSample(f"byte-{end}", end, total - end, error=f"the tar is damaged at byte {end}")
+    layout: EnergonLayout | None
+    tar: int | None  # file descriptor of a local one
+    index: int | bytes  # ``.tar.idx``: file descriptor, or its bytes
 
 
 class ShardReader:
-    """Reads single samples of local shards by their row, through ``SHARD.tar.idx``.
+    """Reads samples by shard and row, through ``SHARD.tar.idx``.
 
-    Holds file descriptors; make one for each process.
+    Holds file descriptors and connections; make one for each process.
     """
 
-    def __init__(self) -> None:
-        self._open: OrderedDict[str, tuple[int, int]] = OrderedDict()  # shard -> (tar, idx), last used at the end
+    def __init__(self, storage: StorageSettings | None = None) -> None:
+        self._storage = Storage(storage)
+        self._cache = ShardCache(self._storage) if self._storage.settings.cache_dir is not None else None
+        self._layouts = LayoutFinder(self._storage)
+        self._open: OrderedDict[str, _Open] = OrderedDict()  # last used at the end
 
-    def read(self, shard: str, row: int) -> tuple[str, dict[str, bytes]]:
+    def read(self, shard: str, row: int) -> tuple[str, Members]:
         """Key and members of the sample ``row`` of a shard.
 
         Raises:
             SampleError: the bytes are not those of a whole, harmless sample.
-            FileNotFoundError: the shard went away since the run began.
+            FileNotFoundError, StorageError: the shard went away since the run began, or cannot be reached.
         """
-        tar, idx = self._descriptors(shard)
-        bounds = os.pread(idx, 2 * OFFSET_BYTES, row * OFFSET_BYTES)
-        assert len(bounds) == 2 * OFFSET_BYTES, f"{shard} has no row {row}"
-        start, end = struct.unpack("<QQ", bounds)
-        data = os.pread(tar, end - start, start)
-        if len(data) != end - start:
-            raise SampleError(f"the tar ends at byte {start + len(data)}, within the sample")
-        sample: RawSample | None = None
-        for member in _members(io.BytesIO(data)):
-            key, name = split_member_name(member.name)
-            sample = sample or RawSample(key, start, end - start)
-            if key != sample.key:
-                raise SampleError(f"the byte range holds members of {sample.key} and {key}")
-            _add_member(sample, name, member.data, member.problem)
-        if sample is None:
-            raise SampleError(f"no tar member at byte {start}")
-        if sample.error is not None:
-            raise SampleError(sample.error)
-        return sample.key, sample.members
+        (found,) = self.read_many([(shard, row)])
+        if isinstance(found, SampleError):
+            raise found
+        return found
+
+    def read_many(self, places: Sequence[tuple[str, int]]) -> list[tuple[str, Members] | SampleError]:
+        """Key and members of several samples in the given order, or what is wrong with one.
+
+        Samples of one shard that lie close to each other are fetched with one read (``data.storage.merge_gap_bytes``).
+
+        Args:
+            places: (shard, row) of each.
+
+        Raises:
+            FileNotFoundError, StorageError: a shard went away since the run began, or cannot be reached. No sample is
+                left out because of that.
+        """
+        by_shard: dict[str, list[int]] = {}
+        for number, (shard, _) in enumerate(places):
+            by_shard.setdefault(shard, []).append(number)
+        found: dict[int, tuple[str, Members] | SampleError] = {}
+        for shard, numbers in by_shard.items():
+            opened = self._opened(shard)
+            bounds = [_bounds(opened.index, places[number][1], shard) for number in numbers]
+            for number, data in zip(numbers, self._fetch(shard, opened, bounds), strict=True):
+                try:
+                    sample = read_sample(data, opened.layout)
+                    found[number] = (sample.key, sample.members)
+                except SampleError as error:
+                    found[number] = error
+        return [found[number] for number in range(len(places))]
 
     def close(self) -> None:
         """Close all shards."""
         while self._open:
             self._close_oldest()
+        self._storage.close()
 
-    def _descriptors(self, shard: str) -> tuple[int, int]:
+    def _fetch(self, shard: str, opened: _Open, bounds: list[Range]) -> list[bytes]:
+        """Bytes of each range, from fewer reads."""
+        merged = merge_ranges(bounds, self._storage.settings.merge_gap_bytes)
+        copy = None
+        if opened.tar is not None:
+            blocks = [_pread(opened.tar, shard, *block) for block in merged]
+        elif self._cache is not None and (copy := self._cache.open(shard)) is not None:
+            try:
+                blocks = [_pread(copy, shard, *block) for block in merged]
+            finally:
+                os.close(copy)
+        else:
+            blocks = self._storage.read_ranges(shard, merged)
+        pieces = []
+        for start, end in bounds:
+            number = next(n for n, (first, last) in enumerate(merged) if first <= start and end <= last)
+            offset = merged[number][0]
+            pieces.append(blocks[number][start - offset : end - offset])
+        return pieces
+
+    def _opened(self, shard: str) -> _Open:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
         if len(self._open) >= OPEN_SHARDS:
             self._close_oldest()
-        tar = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            idx = os.open(offsets_path(shard), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            os.close(tar)
-            raise
-        self._open[shard] = (tar, idx)
-        return tar, idx
+        layout = self._layouts(shard)
+        index_file = offsets_file(shard, self._storage.settings)
+        if is_url(shard):
+            opened = _Open(layout, None, self._storage.read(index_file))
+        else:
+            tar = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                opened = _Open(layout, tar, os.open(index_file, os.O_RDONLY | os.O_CLOEXEC))
+            except OSError:
+                os.close(tar)
+                raise
+        self._open[shard] = opened
+        return opened
 
     def _close_oldest(self) -> None:
-        _, descriptors = self._open.popitem(last=False)
-        for descriptor in descriptors:
-            os.close(descriptor)
+        _, opened = self._open.popitem(last=False)
+        for descriptor in (opened.tar, opened.index):
+            if isinstance(descriptor, int):
+                os.close(descriptor)
 
 
-@dataclass(frozen=True)
-class _Member:
-    name: str
-    offset: int  # byte of the header, extended headers included
-    end: int  # byte behind the content, padding included
-    data: bytes
-    problem: str | None
+def _bounds(index: int | bytes, row: int, shard: str) -> Range:
+    """Where a sample starts and ends."""
+    start, length = row * OFFSET_BYTES, 2 * OFFSET_BYTES
+    pair = os.pread(index, length, start) if isinstance(index, int) else index[start : start + length]
+    assert len(pair) == length, f"{shard} has no row {row}"
+    first, last = struct.unpack("<QQ", pair)
+    return first, last
 
 
-def _members(file: io.BufferedReader | io.BytesIO) -> Iterator[_Member]:
-    """Members other than folders, up to the end of the archive or its first damage."""
-    end = 0
-    try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the caller owns the file)
-        while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined] # tarfile remembers every member otherwise
-            if member.size < 0 or tar.offset <= end:
-                return  # a forged size would send the walk backwards for ever
-            end = tar.offset
-            if not member.isdir():
-                data, problem = _content(file, member)
-                yield _Member(member.name, member.offset, end, data, problem)
-    except tarfile.ReadError:
-        return
-
-
-def _content(file: io.BufferedReader | io.BytesIO, member: tarfile.TarInfo) -> tuple[bytes, str | None]:
-    if not member.isreg() or member.issparse():
-        return b"", f"member {member.name!r} is not a regular file (links and devices are refused)"
-    file.seek(member.offset_data)
-    data = file.read(member.size)
-    return data, None if len(data) == member.size else f"member {member.name!r} is cut off"
-
-
-def _add_member(sample: RawSample, name: str, data: bytes, problem: str | None) -> None:
-    if name in sample.members:
-        problem = f"member .{name} appears twice"
-    sample.members[name] = data
-    sample.error = sample.error or problem
+def _pread(descriptor: int, shard: str, start: int, end: int) -> bytes:
+    """A whole range; one call may deliver less than it was asked for."""
+    data = os.pread(descriptor, end - start, start)
+    while len(data) < end - start:
+        more = os.pread(descriptor, end - start - len(data), start + len(data))
+        if not more:
+            raise StorageError(
+                f"{shard} ends at byte {start + len(data)}, before a sample of its index: it was cut off after it was "
+                "indexed; bring it back, or index it again (keye-data index)"
+            )
+        data += more
+    return data

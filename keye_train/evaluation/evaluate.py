@@ -118,7 +118,12 @@ def _read_heldouts(settings: EvaluationSettings) -> Heldouts:
     pairs: list[Sample] = []
     if settings.data.heldout_pairs is not None:
         drawn = read_drawn(
-            settings.data.heldout_pairs, settings.samples_per_task, settings.seed, "pairs", lambda sample: sample
+            settings.data.heldout_pairs,
+            settings.samples_per_task,
+            settings.seed,
+            "pairs",
+            lambda sample: sample,
+            settings.data.storage,
         )
         pairs = [sample for sample in drawn if not isinstance(sample, Skipped)]
     zeroshot = read_zeroshot(settings.data, settings.samples_per_task, settings.seed)

@@ -8,17 +8,16 @@ import shlex
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from keye_train.data.formats import parse_sample
-from keye_train.data.index import find_shards, index_path, read_columns
-from keye_train.data.reader import ShardReader, offsets_path
+from keye_train.data.index import find_shards, has_index, read_columns
+from keye_train.data.reader import ShardReader
 from keye_train.evaluation.scoring import Target
 from keye_train.sample import Sample, SampleError, SampleRef
-from keye_train.settings import DataSettings, SettingsError, SourceSettings
+from keye_train.settings import DataSettings, SettingsError, SourceSettings, StorageSettings
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ def read_tasks(data: DataSettings, samples_per_task: int, seed: int) -> dict[str
     tasks = {}
     for task, source in data.heldout.items():
         heldout = Heldout(task)
-        for read in read_drawn(source, samples_per_task, seed, task, Question.of):
+        for read in read_drawn(source, samples_per_task, seed, task, Question.of, data.storage):
             if isinstance(read, Skipped):
                 heldout.skipped.append(read)
             else:
@@ -80,33 +79,42 @@ def read_tasks(data: DataSettings, samples_per_task: int, seed: int) -> dict[str
 
 
 def read_drawn(
-    source: SourceSettings, count: int, seed: int, name: str, make: Callable[[Sample], T]
+    source: SourceSettings,
+    count: int,
+    seed: int,
+    name: str,
+    make: Callable[[Sample], T],
+    storage: StorageSettings | None = None,
 ) -> Iterator[T | Skipped]:
     """Draw ``count`` samples of a source without replacement, or all of them where it has fewer; see ``read_rows``."""
-    rows = shard_rows(source)
+    rows = shard_rows(source, storage)
     draw = np.random.default_rng([seed, zlib.crc32(name.encode())])
     drawn = (rows[number] for number in sorted(draw.permutation(len(rows))[:count].tolist()))
-    yield from read_rows(drawn, name, make)
+    yield from read_rows(drawn, name, make, storage)
 
 
-def shard_rows(source: SourceSettings) -> list[tuple[str, int]]:
+def shard_rows(source: SourceSettings, storage: StorageSettings | None = None) -> list[tuple[str, int]]:
     """(shard, row) of all samples of a source, from its indexes.
 
     Raises:
         SettingsError: a shard or its index is missing.
     """
-    return [(shard, row) for shard in _indexed_shards(source) for row in range(len(read_columns(shard, ["key"])))]
+    shards = _indexed_shards(source, storage)
+    return [(shard, row) for shard in shards for row in range(len(read_columns(shard, ["key"], storage)))]
 
 
-def read_rows(rows: Iterable[tuple[str, int]], name: str, make: Callable[[Sample], T]) -> Iterator[T | Skipped]:
+def read_rows(
+    rows: Iterable[tuple[str, int]], name: str, make: Callable[[Sample], T], storage: StorageSettings | None = None
+) -> Iterator[T | Skipped]:
     """The samples of some rows, one at a time and in order.
 
     Args:
         rows: (shard, row).
         name: of the task.
         make: turns a sample into what is yielded; its SampleErrors count as the sample's.
+        storage: how remote shards are read.
     """
-    reader = ShardReader()
+    reader = ShardReader(storage)
     try:
         for shard, row in rows:
             ref = SampleRef(name, shard, f"row {row}")
@@ -137,13 +145,13 @@ def fingerprint(samples: Iterable[Sample]) -> str:
     return digest.hexdigest()
 
 
-def _indexed_shards(source: SourceSettings) -> list[str]:
+def _indexed_shards(source: SourceSettings, storage: StorageSettings | None) -> list[str]:
     try:
-        shards = find_shards(source.shards)
+        shards = find_shards(source.shards, storage)
     except ValueError as error:
         raise SettingsError(f"held-out data: {error}") from error
     for shard in shards:
-        if not index_path(shard).exists() or not offsets_path(Path(shard)).exists():
+        if not has_index(shard, storage):
             raise SettingsError(
                 f"the held-out shard {shard} has no index; run: keye-data index {shlex.quote(shard)} --tokenizer FOLDER"
             )

@@ -23,7 +23,7 @@ from keye_train.evaluation.scoring import interval
 from keye_train.model.dual_encoder import DualEncoder
 from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.sample import Sample
-from keye_train.settings import DataSettings, SettingsError, SourceSettings, ZeroshotSettings
+from keye_train.settings import DataSettings, SettingsError, SourceSettings, StorageSettings, ZeroshotSettings
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,19 @@ def read_zeroshot(data: DataSettings, samples_per_task: int, seed: int) -> dict[
     Raises:
         SettingsError: a shard or its index is missing, or no sample shows one of the classes.
     """
-    return {name: _read_task(name, task, samples_per_task, seed) for name, task in data.zeroshot.items()}
+    return {name: _read_task(name, task, samples_per_task, seed, data.storage) for name, task in data.zeroshot.items()}
 
 
-def _read_task(name: str, settings: ZeroshotSettings, samples_per_task: int, seed: int) -> ZeroshotTask:
+def _read_task(
+    name: str, settings: ZeroshotSettings, samples_per_task: int, seed: int, storage: StorageSettings
+) -> ZeroshotTask:
     classes = list(settings.classes)
     prompts = [[prompt.format(word) for prompt in settings.prompts for word in settings.classes[c]] for c in classes]
-    rows = shard_rows(SourceSettings(settings.shards))
+    rows = shard_rows(SourceSettings(settings.shards), storage)
     found: list[tuple[tuple[str, int], int]] = []  # row and class; the media of a whole task would fill the memory
-    labels = read_rows(rows, f"zeroshot.{name}", lambda sample: _values(sample.meta, settings.label.split(".")))
+    labels = read_rows(
+        rows, f"zeroshot.{name}", lambda sample: _values(sample.meta, settings.label.split(".")), storage
+    )
     for row, values in zip(rows, labels, strict=True):
         if isinstance(values, Skipped):
             continue
@@ -67,7 +71,7 @@ def _read_task(name: str, settings: ZeroshotSettings, samples_per_task: int, see
         )
     order = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(len(found))[:samples_per_task]
     drawn = [found[number] for number in sorted(order.tolist())]
-    samples = read_rows((row for row, _ in drawn), f"zeroshot.{name}", lambda sample: sample)
+    samples = read_rows((row for row, _ in drawn), f"zeroshot.{name}", lambda sample: sample, storage)
     # Read a moment ago; one that cannot be read now is left out with its class.
     kept = [(one, label) for one, (_, label) in zip(samples, drawn, strict=True) if not isinstance(one, Skipped)]
     return ZeroshotTask(classes, prompts, [one for one, _ in kept], [label for _, label in kept])

@@ -178,6 +178,33 @@ def text_token_count(
     return len(encode_conversation(tokenizer, messages, [0] * len(media_slots(messages)), generation_prompt).input_ids)
 
 
+def text_token_counts(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]]) -> list[int]:
+    """``text_token_count`` of many conversations, several times as fast: equal texts are counted once, all at a time.
+
+    Raises:
+        SampleError: see ``parse_turns``.
+    """
+    encoder = _encoder(tokenizer)
+    places: dict[str, int] = {}  # text -> its place among the different ones
+    counts = [0] * len(conversations)
+    owners: list[int] = []
+    texts: list[int] = []
+    for number, messages in enumerate(conversations):
+        for turn in parse_turns(messages):
+            header, content = _header(turn)
+            counts[number] += 2 + len(encoder.newline)  # the tokens that open and close the turn
+            for part in (header, *content):
+                if isinstance(part, str):
+                    owners.append(number)
+                    texts.append(places.setdefault(part, len(places)))
+                else:
+                    counts[number] += 2  # those around the pads
+    lengths = [len(encoding.ids) for encoding in encoder.core.encode_batch_fast([*places], add_special_tokens=False)]
+    for owner, place in zip(owners, texts, strict=True):
+        counts[owner] += lengths[place]
+    return counts
+
+
 def _parse_content(content: Any) -> list[str | MediaSlot]:
     if isinstance(content, str):
         return [_checked(content)]
@@ -214,11 +241,7 @@ def _checked(text: str) -> str:
 def _turn_ids(encoder: _Encoder, turn: Turn, counts: Iterator[int]) -> Iterator[tuple[list[int], bool]]:
     """Token ids of a turn piece by piece, each with whether it is learnt."""
     answer = turn.role == "assistant"
-    header = f"{turn.role}\n"
-    content = list(turn.content)
-    if not answer and content and isinstance(opening := content[0], str):
-        header += opening  # one text for the tokenizer, as in the published pipeline
-        del content[0]
+    header, content = _header(turn)
     yield [encoder.im_start, *encoder.encode(header)], False
     for part in content:
         if isinstance(part, str):
@@ -231,6 +254,16 @@ def _turn_ids(encoder: _Encoder, turn: Turn, counts: Iterator[int]) -> Iterator[
         yield [encoder.vision_start, *[pad] * count, encoder.vision_end], False
     yield [encoder.im_end], answer
     yield encoder.newline, False
+
+
+def _header(turn: Turn) -> tuple[str, list[str | MediaSlot]]:
+    """The text that opens a turn, and what is left of its content."""
+    header = f"{turn.role}\n"
+    content = list(turn.content)
+    if turn.role != "assistant" and content and isinstance(opening := content[0], str):
+        header += opening  # one text for the tokenizer, as in the published pipeline
+        del content[0]
+    return header, content
 
 
 @dataclass(frozen=True)

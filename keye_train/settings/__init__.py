@@ -9,7 +9,14 @@ Units stand in the names: ``_tokens`` are tokens of the language model (one toke
 """
 
 from keye_train.settings.basics import MODULES, MergeMethod, Objective, Precision, ScheduleShape, SettingsError
-from keye_train.settings.data import DataSettings, ResolutionSettings, SourceSettings, VideoBackend, ZeroshotSettings
+from keye_train.settings.data import (
+    DataSettings,
+    ResolutionSettings,
+    SourceSettings,
+    StorageSettings,
+    VideoBackend,
+    ZeroshotSettings,
+)
 from keye_train.settings.model import (
     CaptionDecoderSettings,
     LanguageModelSettings,
@@ -66,6 +73,7 @@ __all__ = [
     "SpecialTokenSettings",
     "StageSettings",
     "StartWeightsSettings",
+    "StorageSettings",
     "TextTowerSettings",
     "TrainSettings",
     "VideoBackend",

@@ -41,11 +41,36 @@ class ResolutionSettings:
 
 
 @dataclass
+class StorageSettings:
+    """Where shards may come from, and how they are fetched. None of it changes what a step reads."""
+
+    allow_network: bool = False
+    """Whether shards may be read from URLs (s3://, gs://, hf://, https://, ...). Credentials and endpoints come from
+    the environment and the configuration of fsspec, never from a recipe."""
+    index_dir: str | None = None
+    """Local folder for the indexes; null: each index stands beside its shard."""
+    cache_dir: str | None = None
+    """Folder on a disk of this node for whole copies of remote shards, shared by all its processes; null: samples are
+    fetched by their byte ranges whenever they are read."""
+    cache_bytes: int = 200_000_000_000
+    """Size of ``cache_dir``; the copies that were used longest ago make room."""
+    merge_gap_bytes: int = 65_536
+    """Samples of a pack that lie at most this far apart in a shard are fetched with one read."""
+    connections: int = 8
+    """Reads of remote shards that one reader process has under way at once."""
+    attempts: int = 6
+    """How often a read is tried before a fault of the storage stops the run."""
+    backoff_s: float = 0.5
+    """Longest wait before the second attempt; it doubles with every further one, and the wait is drawn below it."""
+
+
+@dataclass
 class SourceSettings:
     """One named set of shards."""
 
     shards: list[str]
-    """Paths or glob patterns of WebDataset .tar files; each has its index beside it (``keye-data index``)."""
+    """WebDataset .tar files, each with its index (``keye-data index``): paths or URLs, with ``*``, ``?``, ``[...]``,
+    ``{a,b}`` and ``{000..123}``; or a folder prepared for megatron-energon, which stands for its split ``train``."""
     max_skipped_fraction: float | None = None
     """The run stops when more than this share of this source's samples could not be read; None: only
     ``data.max_skipped_fraction`` of all sources together counts."""
@@ -83,6 +108,7 @@ class DataSettings:
     zeroshot: dict[str, ZeroshotSettings] = field(default_factory=dict)
     """Task -> images, classes and prompts for the zero-shot score of Stage 0."""
     resolution: ResolutionSettings = field(default_factory=ResolutionSettings)
+    storage: StorageSettings = field(default_factory=StorageSettings)
     video_backend: VideoBackend = VideoBackend.pyav
     window_samples: int = 65536
     """Samples drawn, as metadata only, before they are packed together."""
@@ -143,3 +169,11 @@ def check_data(data: DataSettings) -> None:
             raise SettingsError(f"data.{where}max_skipped_fraction={fraction} must lie between 0 and 1")
     if not data.decode_seconds > 0 or data.decode_bytes < 2**20:
         raise SettingsError("data.decode_seconds must be above 0 and data.decode_bytes at least 1048576 (1 MiB)")
+    storage = data.storage
+    if storage.attempts < 1 or storage.connections < 1:
+        raise SettingsError("data.storage.attempts and data.storage.connections are at least 1")
+    if storage.merge_gap_bytes < 0 or storage.cache_bytes < 0 or storage.backoff_s < 0:
+        raise SettingsError("data.storage: merge_gap_bytes, cache_bytes and backoff_s are at least 0")
+    for name in ("index_dir", "cache_dir"):
+        if "://" in (getattr(storage, name) or ""):
+            raise SettingsError(f"data.storage.{name}={getattr(storage, name)} has to be a local folder")

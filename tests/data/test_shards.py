@@ -322,7 +322,7 @@ def test_patterns(tmp_path: Path) -> None:
     for pattern, message in (
         (f"{tmp_path}/c-*.tar", "no shard matches"),
         (f"{tmp_path}/c.tar", "does not exist"),
-        ("s3://bucket/a.tar", "local paths"),
+        ("s3://bucket/a.tar", "set data.storage.allow_network=true"),
     ):
         with pytest.raises(ValueError, match=message):
             find_shards([pattern])
