@@ -222,7 +222,10 @@ def render(described: dict[str, Any]) -> str:
     ]
     lines += [_source_line(source) for source in d["sources"]]
     lines += ["", "left out" if d["left_out"] else "no sample is left out"]
-    lines += [f"{r['samples']:10,}  {r['source']}: {printable(r['reason'])}" for r in d["left_out"][:MAX_REASONS]]
+    lines += [
+        f"{r['samples']:10,}  {r['source']}: {' '.join(printable(r['reason']).split())}"
+        for r in d["left_out"][:MAX_REASONS]
+    ]
     if len(d["left_out"]) > MAX_REASONS:
         lines.append(f"            and {len(d['left_out']) - MAX_REASONS} more reasons (see --json)")
     loader = d["loader"]
@@ -230,7 +233,7 @@ def render(described: dict[str, Any]) -> str:
         "",
         f"at {loader['device_flops'] / 1e12:g} TFLOP/s a rank and {100 * loader['mfu']:.0f} % of it: "
         f"{loader['step_s']:.3g} s a step, {clock(loader['stage_s'])} for the recipe's {d['recipe_steps']:,} steps",
-        f"the loader must give {loader['samples_per_s']:,.0f} samples/s, {short(loader['patches_per_s'])} patches/s and "
+        f"the loader must give {loader['samples_per_s']:,.0f} samples/s, {short(loader['patches_per_s'])} patches/s, "
         f"{short(loader['shard_bytes_per_s'])}B/s of shards ({short(loader['shard_bytes_per_s_and_rank'])}B/s a rank)",
         f"planned in {d['planning_us_per_sample']:.1f} us a sample",
     ]
