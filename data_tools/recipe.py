@@ -34,18 +34,29 @@ def read_recipe(words: Sequence[str], options: type[T], recipes: str | None = No
 
     Args:
         words: KEY=VALUE.
-        options: dataclass of the command's own keys; its ``check``, where it has one, is called.
+        options: dataclass of the command's own keys; its ``check``, where it has one, is called. Its lists are of
+            strings, which are taken as written: a key such as 000000012 is no number.
         recipes: another recipes folder.
 
     Raises:
         SettingsError: an unknown key, a wrong type, or values that cannot work together.
     """
-    names = {field.name for field in fields(options)}  # type: ignore[arg-type]
-    own = [word for word in words if word.partition("=")[0] in names]
+    lists = {field.name: field.default_factory is list for field in fields(options)}  # type: ignore[arg-type]
+    own = [word for word in words if word.partition("=")[0] in lists]
     overrides = [word for word in words if word not in own]
-    try:
-        values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(own))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise SettingsError(f"{' '.join(own)}: {error}") from error
+    values: dict[str, Any] = {}
+    for word in own:
+        name, _, value = word.partition("=")
+        if lists[name]:
+            values[name] = [item.strip(" '\"") for item in value.strip("[]").split(",") if item.strip()]
+        else:
+            values |= _parsed(word)
     chosen = compose.to_settings(options, values)
     return compose.load_settings(TrainSettings, "train", [*_DEFAULTS, *overrides], recipes), chosen
+
+
+def _parsed(word: str) -> dict[str, Any]:
+    try:
+        return dict(OmegaConf.to_container(OmegaConf.from_dotlist([word])))  # type: ignore[arg-type]
+    except (OmegaConfBaseException, ValueError) as error:
+        raise SettingsError(f"{word}: {error}") from error
