@@ -250,8 +250,10 @@ def _timed(plan: Plan, result: Simulation) -> Iterator[tuple[GlobalBatch, PlanSt
     batches = plan.batches()
     while True:
         began = time.perf_counter()
-        item = next(batches)
+        item = next(batches, None)
         result.plan_s += time.perf_counter() - began
+        if item is None:
+            return
         yield item
 
 
