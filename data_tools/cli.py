@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from data_tools import check, index_cmd, ingest, ledger_cmd, stats
+from data_tools import check, index_cmd, ingest, ledger_cmd, plan_cmd, stats, view_cmd
 from data_tools.demo import cli as demo
 
 DESCRIPTION = """\
@@ -29,6 +29,8 @@ examples:
   keye-data index 'data/*.tar' --tokenizer models/keye --workers 8
   keye-data check 'data/*.tar'
   keye-data stats 'data/*.tar'
+  keye-data plan stage=2_multitask model=tiny data=demo world_size=2 out=plan.html
+  keye-data view stage=2_multitask model=tiny data=demo out=view.html
   keye-data ledger runs/2_multitask
   keye-data demo --out data/demo
 
@@ -43,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--verbose", action="store_true", help="log more")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (ingest, index_cmd, check, stats, ledger_cmd, demo):
+    for command in (ingest, index_cmd, check, stats, plan_cmd, view_cmd, ledger_cmd, demo):
         command.add_parser(subparsers)
     return parser
 

@@ -27,7 +27,7 @@ def _commands() -> list[tuple[str, str]]:
         for language, block in re.findall(
             r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
         ):
-            if language in ("python", "text"):  # an example and its output: tests/test_docs.py
+            if language in ("python", "text", "mermaid"):  # an example and its output (test_docs.py), a diagram
                 continue
             found += [(page.name, line.strip()) for line in block.splitlines() if line.strip()]
     return found

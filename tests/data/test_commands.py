@@ -76,7 +76,7 @@ def test_mistakes_get_one_line_and_no_traceback(
     assert message in str(keye_data(*arguments))
 
 
-@pytest.mark.parametrize("command", ["index", "check", "stats", "ingest", "demo"])
+@pytest.mark.parametrize("command", ["index", "check", "stats", "ingest", "plan", "view", "demo"])
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert keye_data(command, "--help") == 0
     shown = capsys.readouterr().out
