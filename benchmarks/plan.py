@@ -15,10 +15,12 @@ import numpy as np
 
 from benchmarks.results import Result
 from keye_train.data.corpus import Corpus, Sizes, Source
+from keye_train.data.cost import language_cost
 from keye_train.data.index import ShardHeader
 from keye_train.data.packing import Budget
-from keye_train.data.plan import Plan, assign, flop_cost
+from keye_train.data.plan import Plan, assign
 from keye_train.model.configuration import KeyeConfig
+from keye_train.model.flops import FlopCoefficients
 from keye_train.settings import ResolutionSettings
 
 SHARES = {"caption": 0.45, "ocr": 0.2, "vqa": 0.15, "text": 0.12, "video": 0.08}
@@ -50,7 +52,15 @@ def main() -> None:
     rng = np.random.default_rng(0)
     for tokens in (8_192, 32_768):
         packs = RANKS * MICRO_STEPS
-        plan = Plan(data, SHARES, Budget(tokens, 4 * tokens), packs, WINDOW, 0, flop_cost(KeyeConfig()))
+        plan = Plan(
+            data,
+            SHARES,
+            Budget(tokens, 4 * tokens),
+            packs,
+            WINDOW,
+            0,
+            language_cost(FlopCoefficients.of(KeyeConfig()).for_training()),
+        )
         batches = plan.batches()
         began = time.process_time()
         first = next(batches)

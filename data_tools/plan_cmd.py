@@ -14,8 +14,8 @@ from tqdm import tqdm
 from data_tools.page import printable
 from data_tools.recipe import add_recipe_words, read_recipe
 from data_tools.simulation import Simulation, simulate
-from keye_train.data.plan import Plan, flop_cost
-from keye_train.model import keye_config
+from keye_train.data.cost import training_cost
+from keye_train.data.plan import Plan
 from keye_train.report.charts import short
 from keye_train.report.collect import clock
 from keye_train.settings import SettingsError
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Simulate and tell; the exit status."""
     settings, options = read_recipe(arguments.words, PlanOptions, arguments.recipes)
     settings.gradient_accumulation(options.world_size)  # before the indexes are read
-    plan = Plan.from_settings(settings, flop_cost(keye_config(settings.model), settings.stage.objective))
+    plan = Plan.from_settings(settings, training_cost(settings))
     held = sum(len(plan.source(number)) for number in range(len(plan.sources)))
     steps = options.steps
     samples = options.samples

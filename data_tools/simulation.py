@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from keye_train.data.corpus import Sizes
-from keye_train.data.plan import OVER_BUDGET, CostFunction, Dropped, GlobalBatch, Pack, Plan, PlanState, assign
+from keye_train.data.plan import OVER_BUDGET, Dropped, GlobalBatch, Pack, Plan, PlanState, assign
 from keye_train.model import keye_config
 from keye_train.model.flops import TOWERS, FlopCoefficients
 from keye_train.settings import Objective, TrainSettings
@@ -94,7 +94,7 @@ class SourceTally:
     dropped: int = 0
     tokens: int = 0
     patches: int = 0
-    flops: float = 0.0  # forward, as the plan counts cost
+    flops: float = 0.0  # forward and backward, as the plan counts cost
     token_lengths: Distribution = field(default_factory=lambda: _octaves())
     patch_lengths: Distribution = field(default_factory=lambda: _octaves())
     shares: list[float] = field(default_factory=list)  # of the samples of each step
@@ -170,27 +170,16 @@ def _octaves() -> Distribution:
     return Distribution(0, 24, 24 * BINS_AN_OCTAVE)
 
 
-def training_cost(settings: TrainSettings) -> CostFunction:
-    """FLOPs of forward and backward. All text counts as labelled, so it is an upper bound (see ``model.flops``).
+def step_cost(plan: Plan, settings: TrainSettings) -> Callable[[Sizes], np.ndarray]:
+    """FLOPs of forward and backward: those that the plan compares packs by, and the output matrix.
 
-    With the contrastive objective the vision tower alone counts, as in ``plan.flop_cost``.
+    All text counts as labelled, so it is an upper bound (see ``model.flops``).
     """
+    if settings.stage.objective == Objective.contrastive:
+        return plan.cost
     trainable = [name for name in settings.stage.trainable if name in TOWERS]
-    flops = FlopCoefficients.of(keye_config(settings.model)).for_training(trainable)
-
-    def cost(sizes: Sizes) -> np.ndarray:
-        if settings.stage.objective == Objective.contrastive:
-            return (flops.pixel_patch + flops.tower_patch) * sizes.patches + flops.vision_pair * sizes.patches_squared
-        pairs = (sizes.tokens_squared + sizes.tokens) / 2
-        return (
-            flops.language_token * sizes.tokens
-            + flops.language_pair * pairs
-            + flops.labelled_token * (sizes.tokens - sizes.patches / 4)
-            + flops.vision_patch * sizes.patches
-            + flops.vision_pair * sizes.patches_squared
-        )
-
-    return cost
+    labelled = FlopCoefficients.of(keye_config(settings.model)).for_training(trainable).labelled_token
+    return lambda sizes: plan.cost(sizes) + labelled * (sizes.tokens - sizes.patches / 4)
 
 
 def reason_kind(reason: str) -> str:
@@ -230,7 +219,7 @@ def simulate(
         tallies.append(SourceTally(name, len(source), weights[name] / total_weight, shard_bytes / max(1, len(source))))
     stage = settings.stage
     result = Simulation(world_size, tallies, stage.max_tokens, stage.max_patches, stage.steps)
-    counting = _Counting(plan, training_cost(settings), result)
+    counting = _Counting(plan, step_cost(plan, settings), result)
     try:
         for batch, state in _timed(plan, result):
             counting.add(batch)
@@ -260,7 +249,7 @@ def _timed(plan: Plan, result: Simulation) -> Iterator[tuple[GlobalBatch, PlanSt
 class _Counting:
     """Adds global batches to a simulation."""
 
-    def __init__(self, plan: Plan, cost: CostFunction, result: Simulation) -> None:
+    def __init__(self, plan: Plan, cost: Callable[[Sizes], np.ndarray], result: Simulation) -> None:
         self._plan, self._cost, self._result = plan, cost, result
 
     def add(self, batch: GlobalBatch) -> None:

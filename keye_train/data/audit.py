@@ -18,11 +18,11 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from keye_train import compose, runs
+from keye_train.data.cost import training_cost
 from keye_train.data.digest import digest_samples
 from keye_train.data.index import read_columns
 from keye_train.data.ledger import read_ledger
-from keye_train.data.plan import GlobalBatch, Plan, flop_cost
-from keye_train.model.configuration import keye_config
+from keye_train.data.plan import GlobalBatch, Plan
 from keye_train.settings import TrainSettings
 
 Row = tuple[int, int]
@@ -100,7 +100,7 @@ def audit_run(run_dir: str | Path) -> Audit:
             f"{folder} has no {runs.RECIPE} or no {runs.TRAINED}: name the folder of one run of keye-train"
         )
     settings = compose.to_settings(TrainSettings, OmegaConf.to_container(OmegaConf.load(folder / runs.RECIPE)))
-    plan = Plan.from_settings(settings, flop_cost(keye_config(settings.model), settings.stage.objective))
+    plan = Plan.from_settings(settings, training_cost(settings))
     manifest = runs.read_json(folder / runs.MANIFEST)
     if manifest.get("data_fingerprint") != plan.fingerprint:
         raise ValueError(

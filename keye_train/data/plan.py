@@ -9,18 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from keye_train.data.balance import form_batches
 from keye_train.data.corpus import Corpus, Sizes, Source
+from keye_train.data.cost import PackCost
 from keye_train.data.mixture import Mixture, Shuffle, shuffled
 from keye_train.data.packing import Budget, Packing, pack_samples
 from keye_train.data.quarantine import exclude
-from keye_train.model.configuration import KeyeConfig
-from keye_train.model.flops import FlopCoefficients
 from keye_train.settings import Objective, TrainSettings
 
 log = logging.getLogger(__name__)
@@ -28,32 +29,14 @@ log = logging.getLogger(__name__)
 OVER_BUDGET = "over budget: "
 """How the reason of a sample begins that exceeds stage.max_tokens or stage.max_patches."""
 
-CostFunction = Callable[[Sizes], np.ndarray]
-"""Cost of packs, [N] float64, from what they hold: FLOPs of both towers, in any unit."""
+ENOUGH_BATCHES = 8
+"""Global batches in a window below which the plan warns: too few packs to find like ones among."""
+
+RESERVE = 0.002
+"""Share of tokens that a window draws beyond its packs, so that the last gaps find samples of their size."""
 
 
-def flop_cost(config: KeyeConfig, objective: Objective = Objective.language) -> CostFunction:
-    """Cost of packs by ``model.flops``.
-
-    With the contrastive objective only the vision tower counts: captions are padded alike, and a caption decoder, small
-    beside the tower, follows the number of patches.
-    """
-    flops = FlopCoefficients.of(config)
-    language = 1.0 if objective == Objective.language else 0.0
-
-    def cost(sizes: Sizes) -> np.ndarray:
-        pairs = (sizes.tokens_squared + sizes.tokens) / 2  # a causal model sees l * (l + 1) / 2 of a sample
-        return (
-            language * (flops.language_token * sizes.tokens + flops.language_pair * pairs)
-            + flops.vision_patch * sizes.patches
-            + flops.vision_pair * sizes.patches_squared
-        )
-
-    return cost
-
-
-@dataclass(frozen=True)
-class PlannedSample:
+class PlannedSample(NamedTuple):
     """One sample of a pack."""
 
     source: int  # number in Plan.sources
@@ -147,22 +130,26 @@ class Plan:
         global_batch_packs: int,
         window_samples: int,
         seed: int,
-        cost: CostFunction,
+        cost: PackCost,
+        balance_packs: int | None = None,
     ) -> None:
         """Args:
             corpus: the sources.
             weights: source -> weight in the mixture, as a share of samples.
             budget: of one pack.
             global_batch_packs: packs of one optimizer step over all ranks.
-            window_samples: samples that are packed together.
+            window_samples: samples that are packed together, at least; a few more fill the last global batch.
             seed: decides every order.
-            cost: see ``CostFunction``.
+            cost: what packs cost, see ``data.cost``.
+            balance_packs: packs of like cost that global batches are made of, see ``data.balance_packs``.
 
         Raises:
-            ValueError: a source of the mixture is unknown, is empty, or has no sample that fits into a pack.
+            ValueError: a source of the mixture is unknown, is empty, or has no sample that fits into a pack; or
+                ``balance_packs`` does not divide ``global_batch_packs``.
         """
         self.corpus, self.budget, self.cost, self.seed = corpus, budget, cost, seed
         self.global_batch_packs, self.window_samples = global_batch_packs, window_samples
+        self.balance_packs = _balance_packs(global_batch_packs, balance_packs)
         self.mixture = Mixture(weights)
         for name in self.mixture.sources:
             _check_source(corpus, name, budget)
@@ -175,11 +162,14 @@ class Plan:
             global_batch_packs,
             window_samples,
             seed,
+            self.balance_packs,
+            asdict(cost),
         ]
+        self._warned = False
         self.fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     @classmethod
-    def from_settings(cls, settings: TrainSettings, cost: CostFunction) -> Plan:
+    def from_settings(cls, settings: TrainSettings, cost: PackCost) -> Plan:
         """The plan of a run; opens the indexes of the sources that its mixture draws from.
 
         Raises:
@@ -196,7 +186,8 @@ class Plan:
         )
         exclude(corpus, data.quarantine)
         budget = Budget(stage.max_tokens, stage.max_patches)
-        return cls(corpus, weights, budget, stage.global_batch_packs, data.window_samples, settings.seed, cost)
+        packs = stage.global_batch_packs
+        return cls(corpus, weights, budget, packs, data.window_samples, settings.seed, cost, data.balance_packs)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -221,25 +212,18 @@ class Plan:
         if state.plan != self.fingerprint:
             raise ValueError(
                 "the checkpoint's data position belongs to another plan: the data, the mixture, data.window_samples, "
-                "data.resolution, stage.max_tokens, stage.max_patches, stage.global_batch_packs or seed has changed. "
-                "Restore them, or start a new run in another run_dir"
+                "data.resolution, data.balance_packs, stage.max_tokens, stage.max_patches, stage.global_batch_packs, "
+                "stage.trainable, the model or seed has changed. Restore them, or start a new run in another run_dir"
             )
         dropped: tuple[Dropped, ...] = ()
         while True:
             window = self._plan_window(state)
-            if not len(window.batches):
-                log.warning(
-                    "a window of data.window_samples=%d fills %d packs, fewer than stage.global_batch_packs=%d: "
-                    "planning goes on, but a larger window is faster and packs better",
-                    self.window_samples,
-                    len(window.packing),
-                    self.global_batch_packs,
-                )
+            self._check_window(len(window.batches))
             # After a batch of this window its dropped samples have been reported.
             dropped += window.dropped if state.batch == 0 else ()
             behind = PlanState(self.fingerprint, state.step, state.window + 1, 0, window.drawn, window.carried)
             for number in range(state.batch, len(window.batches)):
-                packs = tuple(self._pack(window, pack) for pack in window.batches[number].tolist())
+                packs = self._packs(window, window.batches[number])
                 batch = GlobalBatch(state.step, packs, dropped, _seed(self.seed, "steps", state.window, number))
                 state = replace(state, step=state.step + 1, batch=number + 1)
                 behind = replace(behind, step=state.step)
@@ -248,30 +232,75 @@ class Plan:
             state = behind
 
     def _plan_window(self, state: PlanState) -> _Window:
-        source_numbers, drawn = self.mixture.draw(state.drawn, self.window_samples)
-        rows = np.empty(self.window_samples, dtype=np.int64)
-        for number, shuffle in enumerate(self._shuffles):
-            mine = np.flatnonzero(source_numbers == number)
-            rows[mine] = shuffle.rows(state.drawn[number] + np.arange(len(mine)))
-        fit, dropped = self._sort_out(source_numbers, rows)
+        """Draw until the samples fill whole global batches, pack them, and form the batches.
+
+        A window that stopped at ``window_samples`` would leave up to a global batch of samples for the next, and the
+        state would have to name each of them.
+        """
         carried = np.array(state.carried, dtype=np.int64).reshape(-1, 2)
-        sources = np.concatenate([carried[:, 0], source_numbers[fit]])
-        rows = np.concatenate([carried[:, 1], rows[fit]])
+        sources, rows, drawn = carried[:, 0], carried[:, 1], state.drawn
         sizes = self._sizes(sources, rows)
-        packs = self.budget.packs(sizes.tokens, sizes.patches, multiple=self.global_batch_packs)
-        packing = pack_samples(sizes.tokens, sizes.patches, self.budget, packs, first=len(carried))
-        order = shuffled(packs, _seed(self.seed, "window", state.window))
+        dropped: tuple[Dropped, ...] = ()
+        target, number = 0, self.window_samples
+        while number > 0:
+            more_sources, more_rows, drawn = self._draw(drawn, number)
+            fit, more_dropped = self._sort_out(more_sources, more_rows)
+            sources = np.concatenate([sources, more_sources[fit]])
+            rows = np.concatenate([rows, more_rows[fit]])
+            sizes, dropped = self._sizes(sources, rows), dropped + more_dropped
+            target = target or self._whole_batches(sizes)
+            number = self._missing(sizes, target)
+        packing = pack_samples(sizes.tokens, sizes.patches, self.budget, target, first=len(carried))
+        costs = self.cost(sizes.map(packing.sums))
+        of_source = [packing.sums((sources == number).astype(np.int64)) for number in range(len(self._sources))]
+        seed = _seed(self.seed, "window", state.window)
         return _Window(
             sources=sources,
             rows=rows,
             sizes=sizes,
             packing=packing,
-            costs=self.cost(sizes.map(packing.sums)),
-            batches=order.reshape(-1, self.global_batch_packs),
+            costs=costs,
+            batches=form_batches(costs, np.stack(of_source, axis=1), self.global_batch_packs, self.balance_packs, seed),
             dropped=dropped,
             drawn=drawn,
             carried=tuple(zip(sources[packing.left].tolist(), rows[packing.left].tolist(), strict=True)),
         )
+
+    def _draw(self, drawn: tuple[int, ...], number: int) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+        """Source numbers and rows of the next draws, each [number] int64, and the draws of each source after them."""
+        source_numbers, after = self.mixture.draw(drawn, number)
+        rows = np.empty(number, dtype=np.int64)
+        for source, shuffle in enumerate(self._shuffles):
+            mine = np.flatnonzero(source_numbers == source)
+            rows[mine] = shuffle.rows(drawn[source] + np.arange(len(mine)))
+        return source_numbers, rows, after
+
+    def _whole_batches(self, sizes: Sizes) -> int:
+        """Packs that these samples fill, rounded up to whole global batches."""
+        packs = self.budget.packs(sizes.tokens, sizes.patches)
+        return max(-(-packs // self.global_batch_packs), 1) * self.global_batch_packs
+
+    def _missing(self, sizes: Sizes, packs: int) -> int:
+        """How many more samples it takes, going by those at hand, to fill packs; 0: there are enough."""
+        count = len(sizes.tokens)
+        filled = max(sizes.tokens.sum() / self.budget.max_tokens, sizes.patches.sum() / self.budget.max_patches)
+        wanted = packs * (1 + RESERVE)
+        if filled >= wanted and count >= packs:
+            return 0
+        return min(max(int((wanted - filled) / max(filled, 1) * count), 1), self.window_samples)
+
+    def _check_window(self, batches: int) -> None:
+        """Warn, once, where a window is too small to balance."""
+        if batches < ENOUGH_BATCHES and self.balance_packs > 1 and not self._warned:
+            self._warned = True
+            log.warning(
+                "a window of data.window_samples=%d makes %d global batches: ranks wait less for each other where it "
+                "makes %d or more, with data.window_samples=%d",
+                self.window_samples,
+                batches,
+                ENOUGH_BATCHES,
+                self.window_samples * -(-ENOUGH_BATCHES // batches),
+            )
 
     def _sort_out(self, sources: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, tuple[Dropped, ...]]:
         """Draws that can be packed, and the others with the reason."""
@@ -301,11 +330,14 @@ class Plan:
         back[order] = np.arange(len(order))
         return Sizes.concatenate(parts).take(back)
 
-    def _pack(self, window: _Window, pack: int) -> Pack:
-        members = window.packing.members(pack)
+    def _packs(self, window: _Window, packs: np.ndarray) -> tuple[Pack, ...]:
+        """Some packs of a window, with their samples."""
+        members = [window.packing.members(pack) for pack in packs.tolist()]
+        chosen = np.concatenate(members)
         columns = (window.sources, window.rows, window.sizes.tokens, window.sizes.patches)
-        samples = zip(*(column[members].tolist() for column in columns), strict=True)
-        return Pack(tuple(PlannedSample(*sample) for sample in samples), float(window.costs[pack]))
+        samples = map(PlannedSample._make, zip(*(column[chosen].tolist() for column in columns), strict=True))
+        counts, costs = map(len, members), window.costs[packs].tolist()
+        return tuple(Pack(tuple(islice(samples, count)), cost) for count, cost in zip(counts, costs, strict=True))
 
 
 def assign(batch: GlobalBatch, world_size: int) -> list[list[Pack]]:
@@ -327,6 +359,18 @@ def assign(batch: GlobalBatch, world_size: int) -> list[list[Pack]]:
     micro_steps = by_cost[shuffled(len(by_cost), batch.seed)].tolist()
     ranks = [shuffled(world_size, _seed(batch.seed, number)).tolist() for number in range(len(micro_steps))]
     return [[batch.packs[packs[place]] for place in order] for packs, order in zip(micro_steps, ranks, strict=True)]
+
+
+def _balance_packs(global_batch_packs: int, chosen: int | None) -> int:
+    """Packs of a group of like cost: as chosen, or the largest divisor of a global batch up to a quarter of it."""
+    if chosen is None:
+        return max(n for n in range(1, max(global_batch_packs // 4, 1) + 1) if global_batch_packs % n == 0)
+    if global_batch_packs % chosen:
+        raise ValueError(
+            f"data.balance_packs={chosen} does not divide stage.global_batch_packs={global_batch_packs}: set it to the "
+            "number of ranks, or to null"
+        )
+    return chosen
 
 
 def _check_source(corpus: Corpus, name: str, budget: Budget) -> None:

@@ -111,7 +111,12 @@ class DataSettings:
     storage: StorageSettings = field(default_factory=StorageSettings)
     video_backend: VideoBackend = VideoBackend.pyav
     window_samples: int = 65536
-    """Samples drawn, as metadata only, before they are packed together."""
+    """Samples drawn, as metadata only, before they are packed together; a few more fill the last global batch."""
+    balance_packs: int | None = None
+    """Packs of like cost that a global batch is made of: the number of ranks, for which no rank then waits for another;
+    nor does it at a divisor of that number. A divisor of ``stage.global_batch_packs``; null: a quarter of it. Where it
+    is more than a quarter, batches are less alike in their sources. The samples of a step follow from this number,
+    never from the actual number of ranks."""
     workers: int = 2
     """Reader processes for each rank; 0 reads in the training process."""
     prefetch_steps: int = 2
@@ -161,6 +166,8 @@ def check_data(data: DataSettings) -> None:
             raise SettingsError(f"data.resolution.{low} must be above 0 and at most data.resolution.{high}")
     if resolution.video_fps <= 0:
         raise SettingsError("data.resolution.video_fps must be above 0")
+    if data.balance_packs is not None and data.balance_packs < 1:
+        raise SettingsError(f"data.balance_packs={data.balance_packs} must be at least 1, or null")
     if data.window_samples < 1 or data.prefetch_steps < 1 or data.workers < 0:
         raise SettingsError("data.window_samples and data.prefetch_steps are at least 1, data.workers at least 0")
     fractions = {f"sources.{name}.": one.max_skipped_fraction for name, one in data.sources.items()}
