@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 INDEX_VERSION = "1"
 """Goes up whenever the same shard would give other rows: a new layout, or another count of text tokens."""
 
+ROW_GROUP = 4096
+"""Rows of an index that are read at once: a plan over a large corpus reads some rows of many shards."""
+
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -147,7 +150,7 @@ def build_index(shard: str | Path, tokenizer: PreTrainedTokenizerBase, fingerpri
     table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata))
     _replace(offsets_path(shard), offsets.tobytes())
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
     _replace(index_path(shard), sink.getvalue().to_pybytes())  # last: its presence means that both are there
     bad = sum(row["error"] is not None for row in rows)
     if bad:
@@ -258,6 +261,16 @@ def read_columns(shard: str, columns: Sequence[str]) -> pa.Table:
     return pq.read_table(index_path(shard), columns=list(columns))
 
 
+def read_rows(shard: str, columns: Sequence[str], start: int, stop: int) -> pa.Table:
+    """Some columns of the rows ``start`` .. ``stop - 1`` of such an index, reading little besides."""
+    with pq.ParquetFile(index_path(shard)) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        bounds = np.cumsum([0, *sizes])
+        first, last = int(np.searchsorted(bounds, start, side="right")) - 1, int(np.searchsorted(bounds, stop))
+        table = file.read_row_groups(list(range(first, last)), columns=list(columns), use_threads=False)
+    return table.slice(start - int(bounds[first]), stop - start)
+
+
 def read_key(shard: str, row: int) -> str:
     """Key of one sample, for messages."""
-    return read_columns(shard, ["key"])["key"][row].as_py()
+    return read_rows(shard, ["key"], row, row + 1)["key"][0].as_py()

@@ -15,17 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from keye_train.data.corpus import Corpus, Sizes, Source
-from keye_train.data.mixture import Mixture, Shuffle, shuffled
+from keye_train.data.corpus import SCAN_ROWS, Corpus, Looked, Sizes, Source
+from keye_train.data.draw import FLOPS_PER_UNIT, Draw, DrawRules, DrawState
+from keye_train.data.mixture import Mixture, MixtureState, shuffled
 from keye_train.data.packing import Budget, Packing, pack_samples
 from keye_train.model.configuration import KeyeConfig
 from keye_train.model.flops import FlopCoefficients
-from keye_train.settings import Objective, TrainSettings
+from keye_train.settings import MixtureUnit, Objective, TrainSettings
 
 log = logging.getLogger(__name__)
 
 OVER_BUDGET = "over budget: "
 """How the reason of a sample begins that exceeds stage.max_tokens or stage.max_patches."""
+
+AT_THE_END = "the data ended before a global batch was full"
+"""Reason of the samples that are left when every source has had its last epoch."""
 
 CostFunction = Callable[[Sizes], np.ndarray]
 """Cost of packs, [N] float64, from what they hold: FLOPs of both towers, in any unit."""
@@ -106,8 +110,11 @@ class PlanState:
     step: int  # global batches given out
     window: int  # windows finished
     batch: int  # global batches given out of the current window
-    drawn: tuple[int, ...]  # draws of each source before the current window
+    drawn: tuple[int, ...]  # places of each source's order passed before the current window, those below included
     carried: tuple[tuple[int, int], ...]  # (source, row) drawn earlier that the current window packs, too
+    filtered: tuple[int, ...]  # of the places passed: kept out by the filter of the source
+    spent: tuple[int, ...]  # of each source in the unit of the mixture, since ``origin``
+    origin: int  # drawn in all when a source last left the mixture
 
     def to_json(self) -> dict[str, Any]:
         """Plain value for a checkpoint."""
@@ -117,7 +124,13 @@ class PlanState:
     def from_json(cls, value: Mapping[str, Any]) -> PlanState:
         """Inverse of ``to_json``, also after a round trip through a JSON file."""
         carried = tuple((int(source), int(row)) for source, row in value["carried"])
-        return cls(**{**value, "drawn": tuple(value["drawn"]), "carried": carried})
+        numbers = {name: tuple(value[name]) for name in ("drawn", "filtered", "spent")}
+        return cls(**{**value, **numbers, "carried": carried})
+
+    @property
+    def draw(self) -> DrawState:
+        """Position of the draw."""
+        return DrawState(self.drawn, MixtureState(self.spent, self.origin))
 
 
 @dataclass(frozen=True)
@@ -131,8 +144,17 @@ class _Window:
     costs: np.ndarray  # [packs]
     batches: np.ndarray  # [batches, G] packs
     dropped: tuple[Dropped, ...]
-    drawn: tuple[int, ...]  # draws of each source after it
+    draw: DrawState  # after it
+    filtered: tuple[int, ...]  # of each source, passed over on the way
+    ended: bool  # every source has had its last epoch
     carried: tuple[tuple[int, int], ...]  # left over for the next
+
+
+@dataclass(frozen=True)
+class _End:
+    """Every source has had its last epoch."""
+
+    dropped: tuple[Dropped, ...]  # since the last batch
 
 
 class Plan:
@@ -147,29 +169,34 @@ class Plan:
         window_samples: int,
         seed: int,
         cost: CostFunction,
+        rules: DrawRules | None = None,
     ) -> None:
         """Args:
             corpus: the sources.
-            weights: source -> weight in the mixture, as a share of samples.
+            weights: source -> weight in the mixture, at the start of the run.
             budget: of one pack.
             global_batch_packs: packs of one optimizer step over all ranks.
             window_samples: samples that are packed together.
             seed: decides every order.
             cost: see ``CostFunction``.
+            rules: what weights are shares of, how they change, how rows are shuffled.
 
         Raises:
             ValueError: a source of the mixture is unknown, is empty, or has no sample that fits into a pack.
         """
         self.corpus, self.budget, self.cost, self.seed = corpus, budget, cost, seed
         self.global_batch_packs, self.window_samples = global_batch_packs, window_samples
-        self.mixture = Mixture(weights)
+        rules = rules or DrawRules()
+        self.mixture = Mixture(rules.weights(weights), sized=rules.unit != MixtureUnit.samples)
         for name in self.mixture.sources:
             _check_source(corpus, name, budget)
         self._sources = [corpus.sources[name] for name in self.mixture.sources]
-        self._shuffles = [Shuffle(len(source), seed, source.name) for source in self._sources]
+        self._unit = rules.unit
+        self._draw = Draw(self._sources, self.mixture, rules, seed, self._amounts)
         described = [
             corpus.fingerprint(),
-            {name: str(weights[name]) for name in self.mixture.sources},
+            {name: str(weights.get(name, 0.0)) for name in self.mixture.sources},
+            repr(rules),
             asdict(budget),
             global_batch_packs,
             window_samples,
@@ -186,14 +213,17 @@ class Plan:
         """
         stage, data = settings.stage, settings.data
         weights = {name: weight for name, weight in data.mixtures[stage.mixture].items() if weight > 0}
+        capacity = stage.steps * stage.global_batch_packs * stage.max_tokens
+        rules = DrawRules.from_settings(data, stage.mixture, capacity)
         corpus = Corpus.open(
-            {name: data.sources[name] for name in weights},
+            {name: data.sources[name] for name in rules.weights(weights).sources},
             settings.model.tokenizer,
             data.resolution,
             settings.model.text_tower.max_tokens if stage.objective == Objective.contrastive else None,
+            data.plan_cache,
         )
         budget = Budget(stage.max_tokens, stage.max_patches)
-        return cls(corpus, weights, budget, stage.global_batch_packs, data.window_samples, settings.seed, cost)
+        return cls(corpus, weights, budget, stage.global_batch_packs, data.window_samples, settings.seed, cost, rules)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -206,14 +236,40 @@ class Plan:
 
     def start(self) -> PlanState:
         """State before the first step."""
-        return PlanState(self.fingerprint, 0, 0, 0, (0,) * len(self.sources), ())
+        none = (0,) * len(self.sources)
+        return PlanState(self.fingerprint, 0, 0, 0, none, (), none, none, 0)
 
     def batches(self, state: PlanState | None = None) -> Iterator[tuple[GlobalBatch, PlanState]]:
-        """Global batches without end, each with the state that continues behind it.
+        """Global batches, each with the state that continues behind it.
+
+        Without end, unless every source has a last epoch. What is then left over, less than a global batch, is
+        reported as dropped by the last batch.
 
         Raises:
             ValueError: the state belongs to another plan.
         """
+        found = self._batches(state)
+        if not self._draw.ends:
+            yield from found  # type: ignore[misc]
+            return
+        held: tuple[GlobalBatch, PlanState] | None = None
+        step = 0 if state is None else state.step
+        for item in found:
+            if isinstance(item, tuple):
+                if held is not None:
+                    yield held
+                held = item
+            elif held is not None:
+                held = replace(held[0], dropped=held[0].dropped + item.dropped), held[1]
+        if held is not None:
+            yield held
+        elif step == 0:
+            raise ValueError(
+                f"the data end before stage.global_batch_packs={self.global_batch_packs} packs are full: lower it, or "
+                "raise max_epochs in data.sources"
+            )
+
+    def _batches(self, state: PlanState | None) -> Iterator[tuple[GlobalBatch, PlanState] | _End]:
         state = state or self.start()
         if state.plan != self.fingerprint:
             raise ValueError(
@@ -224,6 +280,10 @@ class Plan:
         dropped: tuple[Dropped, ...] = ()
         while True:
             window = self._plan_window(state)
+            if window.ended and not len(window.batches):
+                left = tuple(Dropped(source, row, AT_THE_END) for source, row in window.carried)
+                yield _End(dropped + window.dropped + left)
+                return
             if not len(window.batches):
                 log.warning(
                     "a window of data.window_samples=%d fills %d packs, fewer than stage.global_batch_packs=%d: "
@@ -234,7 +294,18 @@ class Plan:
                 )
             # After a batch of this window its dropped samples have been reported.
             dropped += window.dropped if state.batch == 0 else ()
-            behind = PlanState(self.fingerprint, state.step, state.window + 1, 0, window.drawn, window.carried)
+            filtered = tuple(map(sum, zip(state.filtered, window.filtered, strict=True)))
+            behind = PlanState(
+                self.fingerprint,
+                state.step,
+                state.window + 1,
+                0,
+                window.draw.passed,
+                window.carried,
+                filtered,
+                window.draw.mixture.spent,
+                window.draw.mixture.origin,
+            )
             for number in range(state.batch, len(window.batches)):
                 packs = tuple(self._pack(window, pack) for pack in window.batches[number].tolist())
                 batch = GlobalBatch(state.step, packs, dropped, _seed(self.seed, "steps", state.window, number))
@@ -245,16 +316,12 @@ class Plan:
             state = behind
 
     def _plan_window(self, state: PlanState) -> _Window:
-        source_numbers, drawn = self.mixture.draw(state.drawn, self.window_samples)
-        rows = np.empty(self.window_samples, dtype=np.int64)
-        for number, shuffle in enumerate(self._shuffles):
-            mine = np.flatnonzero(source_numbers == number)
-            rows[mine] = shuffle.rows(state.drawn[number] + np.arange(len(mine)))
-        fit, dropped = self._sort_out(source_numbers, rows)
+        drawn = self._draw.next(state.draw, self.window_samples)
+        fit, fresh, dropped = self._sort_out(drawn.sources, drawn.rows)
         carried = np.array(state.carried, dtype=np.int64).reshape(-1, 2)
-        sources = np.concatenate([carried[:, 0], source_numbers[fit]])
-        rows = np.concatenate([carried[:, 1], rows[fit]])
-        sizes = self._sizes(sources, rows)
+        sources = np.concatenate([carried[:, 0], drawn.sources[fit]])
+        rows = np.concatenate([carried[:, 1], drawn.rows[fit]])
+        sizes = Sizes.concatenate([self._look(*carried.T).sizes, fresh])
         packs = self.budget.packs(sizes.tokens, sizes.patches, multiple=self.global_batch_packs)
         packing = pack_samples(sizes.tokens, sizes.patches, self.budget, packs, first=len(carried))
         order = shuffled(packs, _seed(self.seed, "window", state.window))
@@ -266,37 +333,49 @@ class Plan:
             costs=self.cost(sizes.map(packing.sums)),
             batches=order.reshape(-1, self.global_batch_packs),
             dropped=dropped,
-            drawn=drawn,
+            draw=drawn.state,
+            filtered=drawn.filtered,
+            ended=len(drawn.rows) < self.window_samples,
             carried=tuple(zip(sources[packing.left].tolist(), rows[packing.left].tolist(), strict=True)),
         )
 
-    def _sort_out(self, sources: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, tuple[Dropped, ...]]:
-        """Draws that can be packed, and the others with the reason."""
-        sizes = self._sizes(sources, rows)
-        fit = self.budget.fits(sizes.tokens, sizes.patches)
+    def _sort_out(self, sources: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, Sizes, tuple[Dropped, ...]]:
+        """Draws that can be packed, their sizes, and the others with the reason."""
+        looked = self._look(sources, rows)
+        fit = self.budget.fits(looked.sizes.tokens, looked.sizes.patches)
         reasons: dict[int, str] = {}
         for place in np.flatnonzero(~fit).tolist():
-            reasons[place] = _over_budget(int(sizes.tokens[place]), int(sizes.patches[place]), self.budget)
-        for number, source in enumerate(self._sources):
-            if source.errors:
-                mine = np.flatnonzero(sources == number)
-                for place in mine[np.isin(rows[mine], list(source.errors))].tolist():
-                    reasons[place] = source.errors[int(rows[place])]
+            tokens, patches = int(looked.sizes.tokens[place]), int(looked.sizes.patches[place])
+            reasons[place] = _over_budget(tokens, patches, self.budget)
+        reasons |= looked.errors
         fit[list(reasons)] = False
         dropped = (Dropped(int(sources[place]), int(rows[place]), reasons[place]) for place in sorted(reasons))
-        return np.flatnonzero(fit), tuple(dropped)
+        return np.flatnonzero(fit), looked.sizes.take(np.flatnonzero(fit)), tuple(dropped)
 
-    def _sizes(self, sources: np.ndarray, rows: np.ndarray) -> Sizes:
-        """Sizes of samples of several sources."""
+    def _look(self, sources: np.ndarray, rows: np.ndarray) -> Looked:
+        """What is known of samples of several sources."""
         order = np.argsort(sources, kind="stable")
-        grouped = rows[order]
-        bounds = np.searchsorted(sources[order], np.arange(len(self._sources) + 1))
-        parts = []
+        bounds = np.searchsorted(sources[order], np.arange(len(self._sources) + 1)).tolist()
+        parts: list[Looked] = []
+        errors: dict[int, str] = {}
         for source, start, stop in zip(self._sources, bounds[:-1], bounds[1:], strict=True):
-            parts.append(source.sizes.take(grouped[start:stop]))
+            own = source.look(rows[order[start:stop]])
+            parts.append(own)
+            errors |= {int(order[start + place]): reason for place, reason in own.errors.items()}
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
-        return Sizes.concatenate(parts).take(back)
+        sizes = Sizes.concatenate([part.sizes for part in parts]).take(back)
+        return Looked(sizes, np.concatenate([part.keep for part in parts])[back], errors)
+
+    def _amounts(self, looked: Looked) -> np.ndarray:
+        """What samples count in a mixture of tokens or compute: 0 for those that will not be trained on."""
+        if self._unit == MixtureUnit.compute:
+            amounts = np.maximum(np.rint(self.cost(looked.sizes) / FLOPS_PER_UNIT), 1).astype(np.int64)
+        else:
+            amounts = looked.sizes.tokens.copy()
+        amounts[~self.budget.fits(looked.sizes.tokens, looked.sizes.patches)] = 0
+        amounts[list(looked.errors)] = 0
+        return amounts
 
     def _pack(self, window: _Window, pack: int) -> Pack:
         members = window.packing.members(pack)
@@ -330,14 +409,21 @@ def _check_source(corpus: Corpus, name: str, budget: Budget) -> None:
     source = corpus.sources.get(name)
     if source is None:
         raise ValueError(f"the mixture names the source '{name}', which data.sources does not have")
-    fits = budget.fits(source.sizes.tokens, source.sizes.patches)
-    fits[list(source.errors)] = False
-    if not fits.any():
-        raise ValueError(
-            f"data.sources.{name}: none of its {len(source)} samples can be used ({len(source.errors)} are unreadable, "
-            f"the others exceed stage.max_tokens={budget.max_tokens} or stage.max_patches={budget.max_patches}); "
-            "see `keye-data stats`, and raise the budgets, lower data.resolution or take the source out of the mixture"
-        )
+    unreadable = filtered = 0
+    for start in range(0, len(source), SCAN_ROWS):  # as a rule, the first look finds one
+        looked = source.look(np.arange(start, min(start + SCAN_ROWS, len(source))))
+        fits = budget.fits(looked.sizes.tokens, looked.sizes.patches) & looked.keep
+        fits[list(looked.errors)] = False
+        if fits.any():
+            return
+        unreadable += len(looked.errors)
+        filtered += int((~looked.keep).sum())
+    raise ValueError(
+        f"data.sources.{name}: none of its {len(source)} samples can be used ({unreadable} are unreadable, {filtered} "
+        f"are kept out by its filter, the others exceed stage.max_tokens={budget.max_tokens} or "
+        f"stage.max_patches={budget.max_patches}); see `keye-data stats`, and raise the budgets, lower "
+        "data.resolution, loosen the filter or take the source out of the mixture"
+    )
 
 
 def _over_budget(tokens: int, patches: int, budget: Budget) -> str:

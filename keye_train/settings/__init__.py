@@ -9,7 +9,16 @@ Units stand in the names: ``_tokens`` are tokens of the language model (one toke
 """
 
 from keye_train.settings.basics import MODULES, MergeMethod, Objective, Precision, ScheduleShape, SettingsError
-from keye_train.settings.data import DataSettings, ResolutionSettings, SourceSettings, VideoBackend, ZeroshotSettings
+from keye_train.settings.data import (
+    CurriculumPoint,
+    CurriculumSettings,
+    DataSettings,
+    MixtureUnit,
+    ResolutionSettings,
+    SourceSettings,
+    VideoBackend,
+    ZeroshotSettings,
+)
 from keye_train.settings.model import (
     CaptionDecoderSettings,
     LanguageModelSettings,
@@ -42,6 +51,8 @@ __all__ = [
     "MODULES",
     "CaptionDecoderSettings",
     "CheckpointSettings",
+    "CurriculumPoint",
+    "CurriculumSettings",
     "DataSettings",
     "DeepSpeedSettings",
     "EvaluationSettings",
@@ -49,6 +60,7 @@ __all__ = [
     "LoggingSettings",
     "MergeMethod",
     "MergeSettings",
+    "MixtureUnit",
     "ModelSettings",
     "ModuleRateSettings",
     "Objective",

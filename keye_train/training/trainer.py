@@ -132,7 +132,16 @@ class Trainer:
         """All remaining steps; the signal that stopped them, or 0."""
         while self.state.step < self.stage.steps:
             began = time.monotonic()
-            data = next(loader)
+            data = next(loader, None)
+            if data is None:  # on every rank at the same step: all have the same plan
+                logger.warning(
+                    "the data ended after %d of stage.steps=%d: every source has had its max_epochs; set stage.steps "
+                    "to that number, so that the learning rate ends with the data, or raise max_epochs",
+                    self.state.step,
+                    self.stage.steps,
+                )
+                checkpoint.save(self.run_dir, self.engine, self.state, self.world, self.settings.checkpoint.keep)
+                return 0
             data_wait_s = time.monotonic() - began
             ledger.record(data)
             counts = self._count(data)
