@@ -1,9 +1,10 @@
 """``python -m benchmarks``: every benchmark, one after another."""
 
-from benchmarks import loss_memory, model_step, padded_trainer, plan
+from benchmarks import draw, loss_memory, model_step, padded_trainer, plan
 
 if __name__ == "__main__":
     plan.main()
+    draw.main()
     loss_memory.main()
     model_step.main([])
     padded_trainer.main([])

@@ -202,7 +202,8 @@ def open_filtered(toy_sources: dict[str, SourceSettings], tokenizer_dir: Path, t
     [
         ("images == 1", lambda row: [medium["kind"] for medium in row["media"]] == ["image"]),
         ("videos == 0 and images == 0", lambda row: not row["media"]),
-        ("duration >= 1 or text_tokens < 60", lambda row: any(m["fps"] for m in row["media"]) or row["text_tokens"] < 60),
+        ("duration >= 1 or text_tokens < 60",
+         lambda row: any(m["fps"] for m in row["media"]) or row["text_tokens"] < 60),
         ("task in ['vqa', 'x'] and task != 'x'", lambda row: row["task"] == "vqa"),
         ("50 < width <= 150 and not height * 2 > width", lambda row: bool(row["media"])
          and 50 < row["media"][0]["width"] <= 150 and row["media"][0]["height"] * 2 <= row["media"][0]["width"]),
@@ -314,14 +315,13 @@ def test_a_recipe_with_a_curriculum_reads_the_sources_of_all_its_points(
     plan = Plan.from_settings(settings, lambda sizes: sizes.tokens * 1.0)
     assert plan.sources == ("a", "b")
     had: Counter[int] = Counter()
-    for batch, state in plan.batches():
+    for batch, _ in plan.batches():
         for pack in batch.packs:
             for sample in pack.samples:
                 had[sample.source] += sample.tokens
         if batch.step == 39:
             break
     assert abs(had[1] / had.total() - 0.5) < 0.1
-    assert len(state.to_json()) == 9
 
 
 @pytest.mark.parametrize(
