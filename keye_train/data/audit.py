@@ -35,8 +35,9 @@ class SourceAccount:
 
     name: str
     size: int  # samples
-    drawn: int  # up to the end of the last window that the run began
+    drawn: int  # places of its order passed, up to the end of the last window that the run began
     times: np.ndarray  # [size] uint16: how often each row was planned
+    filtered: int = 0  # of those places, kept out by its filter, up to the last step
     trained: int = 0
     refused: int = 0  # read, but the update of the step was refused as not finite
     skipped: Counter[str] = field(default_factory=Counter)  # kind of reason -> samples
@@ -48,7 +49,10 @@ class SourceAccount:
 
     @property
     def coverage(self) -> list[float]:
-        """Share of the rows planned at least once, twice, ...: one number for each epoch begun."""
+        """Share of the rows planned at least once, twice, ...: one number for each epoch begun.
+
+        Of all rows, so a filter keeps it below 1.
+        """
         return [float((self.times > epoch).mean()) for epoch in range(int(self.times.max(initial=0)))]
 
     @property
@@ -76,6 +80,7 @@ class Audit:
             "sources": {
                 one.name: {
                     "size": one.size,
+                    "filtered": one.filtered,
                     "planned": one.planned,
                     "trained": one.trained,
                     "refused": one.refused,
@@ -150,6 +155,8 @@ def _examine_step(
     dropped: Counter[Row] = Counter((one.source, one.row) for one in batch.dropped)
     for source, row in (*left.elements(), *dropped.elements()):
         audit.sources[source].times[row] += 1
+    for account, filtered in zip(audit.sources, batch.filtered, strict=True):
+        account.filtered += filtered
     for line in skipped:
         found = next((row for row in rows_of(line) if dropped[row] or left[row]), None)
         if found is None:
@@ -193,7 +200,7 @@ class _RowFinder:
                 keys = wanted.get((name, shard))
                 if not keys:
                     continue
-                for row, key in enumerate(read_columns(shard, ["key"])["key"].to_pylist()):
+                for row, key in enumerate(read_columns(shard, ["key"], source.storage)["key"].to_pylist()):
                     if key in keys:
                         self._rows[name, shard, key].append((number, first + row))
 

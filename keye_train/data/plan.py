@@ -11,112 +11,45 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
-from typing import Any, NamedTuple
 
 import numpy as np
 
-from keye_train.data.balance import form_batches
-from keye_train.data.corpus import Corpus, Sizes, Source
+from keye_train.data.corpus import SCAN_ROWS, Corpus, Source
 from keye_train.data.cost import PackCost
-from keye_train.data.mixture import Mixture, Shuffle, shuffled
-from keye_train.data.packing import Budget, Packing, pack_samples
+from keye_train.data.draw import Draw, DrawRules
+from keye_train.data.mixture import Mixture
+from keye_train.data.packing import Budget
+from keye_train.data.planned import Dropped, GlobalBatch, Pack, PlannedSample, PlanState, assign, seed_of
 from keye_train.data.quarantine import exclude
-from keye_train.settings import Objective, TrainSettings
+from keye_train.data.window import OVER_BUDGET, Rules, Window, WindowPlanner
+from keye_train.settings import MixtureUnit, Objective, TrainSettings
+
+__all__ = [
+    "AT_THE_END",
+    "OVER_BUDGET",
+    "Dropped",
+    "GlobalBatch",
+    "Pack",
+    "Plan",
+    "PlanState",
+    "PlannedSample",
+    "assign",
+]
 
 log = logging.getLogger(__name__)
 
-OVER_BUDGET = "over budget: "
-"""How the reason of a sample begins that exceeds stage.max_tokens or stage.max_patches."""
+AT_THE_END = "the data ended before a global batch was full"
+"""Reason of the samples that are left when every source has had its last epoch."""
 
 ENOUGH_BATCHES = 8
 """Global batches in a window below which the plan warns: too few packs to find like ones among."""
 
-RESERVE = 0.002
-"""Share of tokens that a window draws beyond its packs, so that the last gaps find samples of their size."""
-
-
-class PlannedSample(NamedTuple):
-    """One sample of a pack."""
-
-    source: int  # number in Plan.sources
-    row: int  # of that source
-    tokens: int
-    patches: int
-
 
 @dataclass(frozen=True)
-class Pack:
-    """What one rank reads in one micro-step."""
+class _End:
+    """Every source has had its last epoch."""
 
-    samples: tuple[PlannedSample, ...]
-    cost: float
-
-    @property
-    def tokens(self) -> int:
-        """Language tokens."""
-        return sum(sample.tokens for sample in self.samples)
-
-    @property
-    def patches(self) -> int:
-        """Vision patches."""
-        return sum(sample.patches for sample in self.samples)
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A sample that was drawn and will not be read."""
-
-    source: int
-    row: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class GlobalBatch:
-    """What all ranks together read in one optimizer step."""
-
-    step: int  # optimizer step, from 0
-    packs: tuple[Pack, ...]
-    dropped: tuple[Dropped, ...]  # drawn since the batch before, and given up
-    seed: int  # of the order of its micro-steps
-
-
-@dataclass(frozen=True)
-class PlanState:
-    """Position in a plan: what a checkpoint keeps of the data. It does not grow with the corpus or with time."""
-
-    plan: str  # fingerprint of the plan
-    step: int  # global batches given out
-    window: int  # windows finished
-    batch: int  # global batches given out of the current window
-    drawn: tuple[int, ...]  # draws of each source before the current window
-    carried: tuple[tuple[int, int], ...]  # (source, row) drawn earlier that the current window packs, too
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain value for a checkpoint."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> PlanState:
-        """Inverse of ``to_json``, also after a round trip through a JSON file."""
-        carried = tuple((int(source), int(row)) for source, row in value["carried"])
-        return cls(**{**value, "drawn": tuple(value["drawn"]), "carried": carried})
-
-
-@dataclass(frozen=True)
-class _Window:
-    """The plan of one window."""
-
-    sources: np.ndarray  # [N] samples that fit
-    rows: np.ndarray  # [N]
-    sizes: Sizes
-    packing: Packing
-    costs: np.ndarray  # [packs]
-    batches: np.ndarray  # [batches, G] packs
-    dropped: tuple[Dropped, ...]
-    drawn: tuple[int, ...]  # draws of each source after it
-    carried: tuple[tuple[int, int], ...]  # left over for the next
+    dropped: tuple[Dropped, ...]  # since the last batch
 
 
 class Plan:
@@ -131,16 +64,18 @@ class Plan:
         window_samples: int,
         seed: int,
         cost: PackCost,
+        rules: DrawRules | None = None,
         balance_packs: int | None = None,
     ) -> None:
         """Args:
             corpus: the sources.
-            weights: source -> weight in the mixture, as a share of samples.
+            weights: source -> weight in the mixture, at the start of the run.
             budget: of one pack.
             global_batch_packs: packs of one optimizer step over all ranks.
             window_samples: samples that are packed together, at least; a few more fill the last global batch.
             seed: decides every order.
             cost: what packs cost, see ``data.cost``.
+            rules: what weights are shares of, how they change, how rows are shuffled.
             balance_packs: packs of like cost that global batches are made of, see ``data.balance_packs``.
 
         Raises:
@@ -150,14 +85,19 @@ class Plan:
         self.corpus, self.budget, self.cost, self.seed = corpus, budget, cost, seed
         self.global_batch_packs, self.window_samples = global_batch_packs, window_samples
         self.balance_packs = _balance_packs(global_batch_packs, balance_packs)
-        self.mixture = Mixture(weights)
+        self.rules = rules = rules or DrawRules()
+        self.mixture = Mixture(rules.weights(weights), sized=rules.unit != MixtureUnit.samples)
         for name in self.mixture.sources:
             _check_source(corpus, name, budget)
         self._sources = [corpus.sources[name] for name in self.mixture.sources]
-        self._shuffles = [Shuffle(len(source), seed, source.name) for source in self._sources]
+        window_rules = Rules(budget, cost, window_samples, global_batch_packs, self.balance_packs, rules.unit)
+        self._planner = WindowPlanner(self._sources, window_rules)
+        self._draw = Draw(self._sources, self.mixture, rules, seed, self._planner.amounts)
+        self._warned = False
         described = [
             corpus.fingerprint(),
-            {name: str(weights[name]) for name in self.mixture.sources},
+            {name: str(weights.get(name, 0.0)) for name in self.mixture.sources},
+            repr(rules),
             asdict(budget),
             global_batch_packs,
             window_samples,
@@ -165,7 +105,6 @@ class Plan:
             self.balance_packs,
             asdict(cost),
         ]
-        self._warned = False
         self.fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     @classmethod
@@ -177,17 +116,28 @@ class Plan:
         """
         stage, data = settings.stage, settings.data
         weights = {name: weight for name, weight in data.mixtures[stage.mixture].items() if weight > 0}
+        capacity = stage.steps * stage.global_batch_packs * stage.max_tokens
+        rules = DrawRules.from_settings(data, stage.mixture, capacity)
         corpus = Corpus.open(
-            {name: data.sources[name] for name in weights},
+            {name: data.sources[name] for name in rules.weights(weights).sources},
             settings.model.tokenizer,
             data.resolution,
             settings.model.text_tower.max_tokens if stage.objective == Objective.contrastive else None,
             data.storage,
+            data.plan_cache,
         )
         exclude(corpus, data.quarantine)
-        budget = Budget(stage.max_tokens, stage.max_patches)
-        packs = stage.global_batch_packs
-        return cls(corpus, weights, budget, packs, data.window_samples, settings.seed, cost, data.balance_packs)
+        return cls(
+            corpus,
+            weights,
+            Budget(stage.max_tokens, stage.max_patches),
+            stage.global_batch_packs,
+            data.window_samples,
+            settings.seed,
+            cost,
+            rules,
+            data.balance_packs,
+        )
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -200,98 +150,100 @@ class Plan:
 
     def start(self) -> PlanState:
         """State before the first step."""
-        return PlanState(self.fingerprint, 0, 0, 0, (0,) * len(self.sources), ())
+        none = (0,) * len(self.sources)
+        return PlanState(self.fingerprint, 0, 0, 0, none, (), none, none, 0)
+
+    def check_world_size(self, world_size: int) -> None:
+        """Warn where groups of like packs are smaller than a micro-step, so that its ranks wait for each other."""
+        if world_size > self.balance_packs:
+            log.warning(
+                "%d ranks read packs of one micro-step, and data.balance_packs=%d of them cost alike: ranks wait less "
+                "for each other with data.balance_packs=%d, and batches are less alike in their sources",
+                world_size,
+                self.balance_packs,
+                world_size,
+            )
 
     def batches(self, state: PlanState | None = None) -> Iterator[tuple[GlobalBatch, PlanState]]:
-        """Global batches without end, each with the state that continues behind it.
+        """Global batches, each with the state that continues behind it.
+
+        Without end, unless every source has a last epoch. What is then left over, less than a global batch, is
+        reported as dropped by the last batch.
 
         Raises:
             ValueError: the state belongs to another plan.
         """
+        found = self._batches(state)
+        if not self._draw.ends:
+            yield from found  # type: ignore[misc]
+            return
+        held: tuple[GlobalBatch, PlanState] | None = None
+        step = 0 if state is None else state.step
+        for item in found:
+            if isinstance(item, tuple):
+                if held is not None:
+                    yield held
+                held = item
+            elif held is not None:
+                held = replace(held[0], dropped=held[0].dropped + item.dropped), held[1]
+        if held is not None:
+            yield held
+        elif step == 0:
+            raise ValueError(
+                f"the data end before stage.global_batch_packs={self.global_batch_packs} packs are full: lower it, or "
+                "raise max_epochs in data.sources"
+            )
+
+    def _batches(self, state: PlanState | None) -> Iterator[tuple[GlobalBatch, PlanState] | _End]:
         state = state or self.start()
         if state.plan != self.fingerprint:
             raise ValueError(
-                "the checkpoint's data position belongs to another plan: the data, the mixture, data.window_samples, "
-                "data.resolution, data.balance_packs, stage.max_tokens, stage.max_patches, stage.global_batch_packs, "
+                "the checkpoint's data position belongs to another plan: the data, their filters, epochs, mixture or "
+                "curriculum, data.window_samples, data.resolution, data.balance_packs, data.shuffle_block_rows, "
+                "data.shuffle_group_blocks, stage.max_tokens, stage.max_patches, stage.global_batch_packs, "
                 "stage.trainable, the model or seed has changed. Restore them, or start a new run in another run_dir"
             )
         dropped: tuple[Dropped, ...] = ()
+        none = (0,) * len(self.sources)
         while True:
-            window = self._plan_window(state)
-            self._check_window(len(window.batches))
+            window = self._planner.plan(
+                self._draw, state.draw, state.carried, seed_of(self.seed, "window", state.window)
+            )
+            if not len(window.batches):
+                left = tuple(Dropped(source, row, AT_THE_END) for source, row in window.carried)
+                yield _End(dropped + window.dropped + left)
+                return
+            self._check_window(window)
             # After a batch of this window its dropped samples have been reported.
             dropped += window.dropped if state.batch == 0 else ()
-            behind = PlanState(self.fingerprint, state.step, state.window + 1, 0, window.drawn, window.carried)
+            filtered = window.filtered if state.batch == 0 else none
+            behind = self._behind(state, window)
             for number in range(state.batch, len(window.batches)):
-                packs = self._packs(window, window.batches[number])
-                batch = GlobalBatch(state.step, packs, dropped, _seed(self.seed, "steps", state.window, number))
+                seed = seed_of(self.seed, "steps", state.window, number)
+                batch = GlobalBatch(state.step, window.packs(number), dropped, seed, filtered)
                 state = replace(state, step=state.step + 1, batch=number + 1)
                 behind = replace(behind, step=state.step)
-                dropped = ()
+                dropped, filtered = (), none
                 yield batch, behind if state.batch == len(window.batches) else state
             state = behind
 
-    def _plan_window(self, state: PlanState) -> _Window:
-        """Draw until the samples fill whole global batches, pack them, and form the batches.
-
-        A window that stopped at ``window_samples`` would leave up to a global batch of samples for the next, and the
-        state would have to name each of them.
-        """
-        carried = np.array(state.carried, dtype=np.int64).reshape(-1, 2)
-        sources, rows, drawn = carried[:, 0], carried[:, 1], state.drawn
-        sizes = self._sizes(sources, rows)
-        dropped: tuple[Dropped, ...] = ()
-        target, number = 0, self.window_samples
-        while number > 0:
-            more_sources, more_rows, drawn = self._draw(drawn, number)
-            fit, more_dropped = self._sort_out(more_sources, more_rows)
-            sources = np.concatenate([sources, more_sources[fit]])
-            rows = np.concatenate([rows, more_rows[fit]])
-            sizes, dropped = self._sizes(sources, rows), dropped + more_dropped
-            target = target or self._whole_batches(sizes)
-            number = self._missing(sizes, target)
-        packing = pack_samples(sizes.tokens, sizes.patches, self.budget, target, first=len(carried))
-        costs = self.cost(sizes.map(packing.sums))
-        of_source = [packing.sums((sources == number).astype(np.int64)) for number in range(len(self._sources))]
-        seed = _seed(self.seed, "window", state.window)
-        return _Window(
-            sources=sources,
-            rows=rows,
-            sizes=sizes,
-            packing=packing,
-            costs=costs,
-            batches=form_batches(costs, np.stack(of_source, axis=1), self.global_batch_packs, self.balance_packs, seed),
-            dropped=dropped,
-            drawn=drawn,
-            carried=tuple(zip(sources[packing.left].tolist(), rows[packing.left].tolist(), strict=True)),
+    def _behind(self, state: PlanState, window: Window) -> PlanState:
+        """Position behind the window that begins at ``state``."""
+        return replace(
+            state,
+            window=state.window + 1,
+            batch=0,
+            drawn=window.draw.passed,
+            carried=window.carried,
+            filtered=tuple(map(sum, zip(state.filtered, window.filtered, strict=True))),
+            spent=window.draw.mixture.spent,
+            origin=window.draw.mixture.origin,
         )
 
-    def _draw(self, drawn: tuple[int, ...], number: int) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-        """Source numbers and rows of the next draws, each [number] int64, and the draws of each source after them."""
-        source_numbers, after = self.mixture.draw(drawn, number)
-        rows = np.empty(number, dtype=np.int64)
-        for source, shuffle in enumerate(self._shuffles):
-            mine = np.flatnonzero(source_numbers == source)
-            rows[mine] = shuffle.rows(drawn[source] + np.arange(len(mine)))
-        return source_numbers, rows, after
-
-    def _whole_batches(self, sizes: Sizes) -> int:
-        """Packs that these samples fill, rounded up to whole global batches."""
-        packs = self.budget.packs(sizes.tokens, sizes.patches)
-        return max(-(-packs // self.global_batch_packs), 1) * self.global_batch_packs
-
-    def _missing(self, sizes: Sizes, packs: int) -> int:
-        """How many more samples it takes, going by those at hand, to fill packs; 0: there are enough."""
-        count = len(sizes.tokens)
-        filled = max(sizes.tokens.sum() / self.budget.max_tokens, sizes.patches.sum() / self.budget.max_patches)
-        wanted = packs * (1 + RESERVE)
-        if filled >= wanted and count >= packs:
-            return 0
-        return min(max(int((wanted - filled) / max(filled, 1) * count), 1), self.window_samples)
-
-    def _check_window(self, batches: int) -> None:
+    def _check_window(self, window: Window) -> None:
         """Warn, once, where a window is too small to balance."""
-        if batches < ENOUGH_BATCHES and self.balance_packs > 1 and not self._warned:
+        batches = len(window.batches)
+        if batches < ENOUGH_BATCHES and self.balance_packs > 1 and not window.ended and not self._warned:
             self._warned = True
             log.warning(
                 "a window of data.window_samples=%d makes %d global batches: ranks wait less for each other where it "
@@ -301,64 +253,6 @@ class Plan:
                 ENOUGH_BATCHES,
                 self.window_samples * -(-ENOUGH_BATCHES // batches),
             )
-
-    def _sort_out(self, sources: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, tuple[Dropped, ...]]:
-        """Draws that can be packed, and the others with the reason."""
-        sizes = self._sizes(sources, rows)
-        fit = self.budget.fits(sizes.tokens, sizes.patches)
-        reasons: dict[int, str] = {}
-        for place in np.flatnonzero(~fit).tolist():
-            reasons[place] = _over_budget(int(sizes.tokens[place]), int(sizes.patches[place]), self.budget)
-        for number, source in enumerate(self._sources):
-            if source.errors:
-                mine = np.flatnonzero(sources == number)
-                for place in mine[np.isin(rows[mine], list(source.errors))].tolist():
-                    reasons[place] = source.errors[int(rows[place])]
-        fit[list(reasons)] = False
-        dropped = (Dropped(int(sources[place]), int(rows[place]), reasons[place]) for place in sorted(reasons))
-        return np.flatnonzero(fit), tuple(dropped)
-
-    def _sizes(self, sources: np.ndarray, rows: np.ndarray) -> Sizes:
-        """Sizes of samples of several sources."""
-        order = np.argsort(sources, kind="stable")
-        grouped = rows[order]
-        bounds = np.searchsorted(sources[order], np.arange(len(self._sources) + 1))
-        parts = []
-        for source, start, stop in zip(self._sources, bounds[:-1], bounds[1:], strict=True):
-            parts.append(source.sizes.take(grouped[start:stop]))
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        return Sizes.concatenate(parts).take(back)
-
-    def _packs(self, window: _Window, packs: np.ndarray) -> tuple[Pack, ...]:
-        """Some packs of a window, with their samples."""
-        members = [window.packing.members(pack) for pack in packs.tolist()]
-        chosen = np.concatenate(members)
-        columns = (window.sources, window.rows, window.sizes.tokens, window.sizes.patches)
-        samples = map(PlannedSample._make, zip(*(column[chosen].tolist() for column in columns), strict=True))
-        counts, costs = map(len, members), window.costs[packs].tolist()
-        return tuple(Pack(tuple(islice(samples, count)), cost) for count, cost in zip(counts, costs, strict=True))
-
-
-def assign(batch: GlobalBatch, world_size: int) -> list[list[Pack]]:
-    """Spread a global batch over micro-steps and ranks: ``[micro-step][rank] -> pack``.
-
-    Packs that run at the same time are neighbours in cost; the micro-steps and the ranks within them are shuffled.
-    Which samples the batch has does not depend on ``world_size``.
-
-    Raises:
-        ValueError: the packs do not divide over the ranks.
-    """
-    if len(batch.packs) % world_size:
-        raise ValueError(
-            f"stage.global_batch_packs={len(batch.packs)} does not divide over {world_size} ranks: "
-            "set it to a multiple of the number of ranks"
-        )
-    costs = np.array([pack.cost for pack in batch.packs])
-    by_cost = np.argsort(-costs, kind="stable").reshape(-1, world_size)
-    micro_steps = by_cost[shuffled(len(by_cost), batch.seed)].tolist()
-    ranks = [shuffled(world_size, _seed(batch.seed, number)).tolist() for number in range(len(micro_steps))]
-    return [[batch.packs[packs[place]] for place in order] for packs, order in zip(micro_steps, ranks, strict=True)]
 
 
 def _balance_packs(global_batch_packs: int, chosen: int | None) -> int:
@@ -377,25 +271,18 @@ def _check_source(corpus: Corpus, name: str, budget: Budget) -> None:
     source = corpus.sources.get(name)
     if source is None:
         raise ValueError(f"the mixture names the source '{name}', which data.sources does not have")
-    fits = budget.fits(source.sizes.tokens, source.sizes.patches)
-    fits[list(source.errors)] = False
-    if not fits.any():
-        raise ValueError(
-            f"data.sources.{name}: none of its {len(source)} samples can be used ({len(source.errors)} are unreadable, "
-            f"the others exceed stage.max_tokens={budget.max_tokens} or stage.max_patches={budget.max_patches}); "
-            "see `keye-data stats`, and raise the budgets, lower data.resolution or take the source out of the mixture"
-        )
-
-
-def _over_budget(tokens: int, patches: int, budget: Budget) -> str:
-    over = []
-    if tokens > budget.max_tokens:
-        over.append(f"{tokens} tokens > stage.max_tokens={budget.max_tokens}")
-    if patches > budget.max_patches:
-        over.append(f"{patches} patches > stage.max_patches={budget.max_patches}")
-    return OVER_BUDGET + ", ".join(over)
-
-
-def _seed(*parts: object) -> int:
-    """A seed of 64 bits from several values."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+    unreadable = filtered = 0
+    for start in range(0, len(source), SCAN_ROWS):  # as a rule, the first look finds one
+        looked = source.look(np.arange(start, min(start + SCAN_ROWS, len(source))))
+        fits = budget.fits(looked.sizes.tokens, looked.sizes.patches) & looked.keep
+        fits[list(looked.errors)] = False
+        if fits.any():
+            return
+        unreadable += len(looked.errors)
+        filtered += int((~looked.keep).sum())
+    raise ValueError(
+        f"data.sources.{name}: none of its {len(source)} samples can be used ({unreadable} are unreadable, {filtered} "
+        f"are kept out by its filter, the others exceed stage.max_tokens={budget.max_tokens} or "
+        f"stage.max_patches={budget.max_patches}); see `keye-data stats`, and raise the budgets, lower "
+        "data.resolution, loosen the filter or take the source out of the mixture"
+    )

@@ -216,7 +216,8 @@ def test_impossible_mixtures_are_refused_at_the_start() -> None:
 def test_going_on_at_a_billion_samples_takes_no_longer_than_at_the_start() -> None:
     plan = toy_plan(window=2000)
     start = plan.start()
-    far = PlanState(plan.fingerprint, 10**7, 500_000, 0, (600_000_000, 300_000_000, 100_000_000), ())
+    counts = (600_000_000, 300_000_000, 100_000_000)
+    far = PlanState(plan.fingerprint, 10**7, 500_000, 0, counts, (), (0, 0, 0), counts, 0)
     seconds = []
     for state in (start, far):
         begin = time.process_time()
