@@ -12,11 +12,12 @@ from typing import Any
 from data_tools.shards import write_shard
 from keye_train import runs
 from keye_train.data.audit import Audit, audit_run
-from keye_train.data.index import file_sha256
+from keye_train.data.index import read_metadata
 from keye_train.data.plan import OVER_BUDGET
 from keye_train.data.quarantine import QUARANTINED
 from keye_train.data.reader import ShardReader
 from keye_train.sample import SampleError
+from keye_train.settings import StorageSettings
 
 DESCRIPTION = """\
 Audit a run: recompute its plan from recipe and indexes, and hold it against what the run wrote down. Every planned
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
             runs.write_text_atomic(arguments.quarantine, "".join(lines))
         if arguments.requeue:
-            write_shard(arguments.requeue, _copies(entries))
+            write_shard(arguments.requeue, _copies(entries, audit.storage))
     return 1 if audit.problems else 0
 
 
@@ -94,14 +95,14 @@ def quarantined(audit: Audit) -> list[dict[str, Any]]:
         if line["reason"].startswith((OVER_BUDGET, QUARANTINED)):
             continue
         shard = line["shard"]
-        checksums[shard] = checksums.get(shard) or file_sha256(shard)
+        checksums[shard] = checksums.get(shard) or read_metadata(shard, audit.storage)["shard_sha256"]
         entry = {key: line[key] for key in ("source", "shard", "key", "row", "reason")}
         entries[shard, line["row"]] = entry | {"sha256": checksums[shard]}
     return list(entries.values())
 
 
-def _copies(entries: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    reader = ShardReader()
+def _copies(entries: list[dict[str, Any]], storage: StorageSettings) -> Iterator[tuple[str, dict[str, bytes]]]:
+    reader = ShardReader(storage)
     for entry in entries:
         try:
             _, members = reader.read(entry["shard"], entry["row"])

@@ -13,7 +13,7 @@ from keye_train.data.index import read_key
 from keye_train.data.loader import ReadTask
 from keye_train.data.plan import Pack, PlannedSample
 from keye_train.model.packed import PackedInputs
-from keye_train.settings import TrainSettings
+from keye_train.settings import StorageSettings, TrainSettings
 
 MAX_ROWS = 60
 MAX_BORDERS = 40
@@ -80,7 +80,7 @@ def pack_view(
     if isinstance(inputs, PackedInputs):
         learnt = list(np.bincount(inputs.loss_samples.numpy(), minlength=len(loaded.refs)).tolist())
         borders = _numbers(inputs.cu_seqlens.tolist())
-    read = _read_samples(planned, tasks, loaded)
+    read = _read_samples(planned, tasks, loaded, settings.data.storage)
     rows = [
         PackRow(
             number[ref.source], ref.source, printable(ref.key), printable(task), sample.tokens, sample.patches, count
@@ -109,7 +109,9 @@ def pack_view(
     )
 
 
-def _read_samples(planned: Pack, tasks: Sequence[ReadTask], loaded: LoadedPack) -> list[PlannedSample]:
+def _read_samples(
+    planned: Pack, tasks: Sequence[ReadTask], loaded: LoadedPack, storage: StorageSettings
+) -> list[PlannedSample]:
     """Planned samples that were read, in their order."""
     if not loaded.skipped:
         return list(planned.samples)
@@ -117,7 +119,7 @@ def _read_samples(planned: Pack, tasks: Sequence[ReadTask], loaded: LoadedPack) 
     return [
         sample
         for sample, task in zip(planned.samples, tasks, strict=True)
-        if (task.shard, read_key(task.shard, task.row)) not in skipped
+        if (task.shard, read_key(task.shard, task.row, storage)) not in skipped
     ]
 
 

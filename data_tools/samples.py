@@ -89,7 +89,7 @@ class Album:
     def __init__(self, settings: TrainSettings, encoder: SampleEncoder, max_bytes: int) -> None:
         self._settings, self._encoder = settings, encoder
         self._left_bytes = max_bytes
-        self._reader = ShardReader()
+        self._reader = ShardReader(settings.data.storage)
         self.full = False  # pictures were left out
 
     def card(self, task: ReadTask, colour: int, problem: str = "") -> Card:

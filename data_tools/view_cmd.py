@@ -16,8 +16,8 @@ from data_tools.recipe import add_recipe_words, read_recipe
 from data_tools.samples import Album, Card
 from keye_train.data.cost import training_cost
 from keye_train.data.index import read_columns
-from keye_train.data.loader import PackReader, ReadTask
-from keye_train.data.plan import Pack, Plan
+from keye_train.data.loader import PackReader, ReadTask, read_tasks
+from keye_train.data.plan import Plan
 from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.settings import SettingsError, TrainSettings
 
@@ -139,7 +139,7 @@ def first_skipped(plan: Plan, options: ViewOptions) -> list[Chosen]:
                 if (gone.source, gone.row) not in found and counts[gone.source] < options.per_source:
                     counts[gone.source] += 1
                     source = plan.source(gone.source)
-                    task = ReadTask(source.name, *source.locate(gone.row), 0, 0)
+                    task = ReadTask(source.name, *source.locate(gone.row), gone.row, 0, 0)
                     found[gone.source, gone.row] = Chosen(gone.source, task, gone.reason)
             more = len(batch.dropped) + sum(len(pack.samples) for pack in batch.packs)
             seen += more
@@ -159,28 +159,22 @@ def find_keys(plan: Plan, keys: list[str]) -> list[Chosen]:
     found: list[Chosen] = []
     missing = set(keys)
     for number, name in enumerate(plan.sources):
-        for shard in tqdm(plan.source(number).shards, unit="shard", desc=f"looking for keys in {name}", leave=False):
-            for row, key in enumerate(read_columns(shard, ["key"])["key"].to_pylist()):
+        source = plan.source(number)
+        shards = tqdm(source.shards, unit="shard", desc=f"looking for keys in {name}", leave=False)
+        for shard, first in zip(shards, source.first_rows.tolist(), strict=False):
+            for row, key in enumerate(read_columns(shard, ["key"], source.storage)["key"].to_pylist()):
                 if key in wanted:
-                    found.append(Chosen(number, ReadTask(name, shard, row, 0, 0)))
+                    found.append(Chosen(number, ReadTask(name, shard, row, first + row, 0, 0)))
                     missing.discard(key)
     if missing:
         raise ValueError(f"no sample with the key {sorted(missing)[0]!r} in the sources {', '.join(plan.sources)}")
     return found
 
 
-def read_tasks(plan: Plan, pack: Pack) -> tuple[ReadTask, ...]:
-    """What a reader is asked for a pack."""
-    return tuple(
-        ReadTask(plan.source(s.source).name, *plan.source(s.source).locate(s.row), s.tokens, s.patches)
-        for s in pack.samples
-    )
-
-
 def first_packs(plan: Plan, settings: TrainSettings, encoder: SampleEncoder, count: int) -> list[PackView]:
     """The first packs of the training, read as it reads them."""
     stage = settings.stage
-    read = PackReader(encoder, stage.objective, stage.max_tokens, stage.caption_weight > 0)
+    read = PackReader(encoder, stage.objective, stage.max_tokens, stage.caption_weight > 0, settings.data.storage)
     views: list[PackView] = []
     for batch, _ in plan.batches() if count else ():
         mean_cost = sum(pack.cost for pack in batch.packs) / len(batch.packs)

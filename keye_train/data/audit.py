@@ -23,7 +23,7 @@ from keye_train.data.digest import digest_samples
 from keye_train.data.index import read_columns
 from keye_train.data.ledger import read_ledger
 from keye_train.data.plan import GlobalBatch, Plan
-from keye_train.settings import TrainSettings
+from keye_train.settings import StorageSettings, TrainSettings
 
 Row = tuple[int, int]
 """(number of the source, row of the source)."""
@@ -68,6 +68,7 @@ class Audit:
     run: str
     steps: int
     sources: list[SourceAccount]
+    storage: StorageSettings  # how its shards are reached
     problems: list[str] = field(default_factory=list)  # what is neither trained nor skipped, or both
     skipped: list[dict[str, Any]] = field(default_factory=list)  # rows of the ledger, with "row" of the shard
 
@@ -112,13 +113,13 @@ def audit_run(run_dir: str | Path) -> Audit:
             f"{folder} was planned on other data, or by another version of this program: restore the shards and "
             "indexes that its recipe names"
         )
-    return _examine(folder, plan, manifest)
+    return _examine(folder, plan, manifest, settings.data.storage)
 
 
-def _examine(folder: Path, plan: Plan, manifest: Mapping[str, Any]) -> Audit:
+def _examine(folder: Path, plan: Plan, manifest: Mapping[str, Any], storage: StorageSettings) -> Audit:
     written = {row["step"]: row for row in runs.read_jsonl(folder / runs.TRAINED)}
     steps = max([*written, -1]) + 1
-    audit = Audit(str(folder), steps, [])
+    audit = Audit(str(folder), steps, [], storage)
     finished = manifest.get("steps", 0)
     if finished > steps:
         audit.problems.append(f"steps {steps} to {finished - 1} were done, and {runs.TRAINED} does not have them")

@@ -49,6 +49,16 @@ class ReadTask:
     patches: int
 
 
+def read_tasks(plan: Plan, pack: Pack) -> tuple[ReadTask, ...]:
+    """What a reader is asked for a pack."""
+    tasks = []
+    for sample in pack.samples:
+        source = plan.source(sample.source)
+        place = source.locate(sample.row)
+        tasks.append(ReadTask(source.name, *place, sample.row, sample.tokens, sample.patches))
+    return tuple(tasks)
+
+
 Watch = Callable[[int], AbstractContextManager[None]]
 """``with watch(number):`` around the work on the sample ``number`` of a pack."""
 
@@ -226,17 +236,9 @@ class Loader:
         for batch, after in self._plan.batches(state):
             if batch.step >= stop:
                 return
-            packs = [self._read_tasks(micro_step[self._rank]) for micro_step in assign(batch, world_size)]
+            packs = [read_tasks(self._plan, micro_step[self._rank]) for micro_step in assign(batch, world_size)]
             futures = [self._pool.submit(tasks) for tasks in packs] if self._pool is not None else []
             yield _PlannedStep(batch.step, packs, futures, batch.dropped, after)
-
-    def _read_tasks(self, pack: Pack) -> tuple[ReadTask, ...]:
-        tasks = []
-        for sample in pack.samples:
-            source = self._plan.source(sample.source)
-            place = source.locate(sample.row)
-            tasks.append(ReadTask(source.name, *place, sample.row, sample.tokens, sample.patches))
-        return tuple(tasks)
 
     def _name(self, dropped: tuple[Dropped, ...]) -> list[tuple[SampleRef, str]]:
         if self._rank:

@@ -198,7 +198,7 @@ def test_a_card_shows_the_tokens_that_are_learnt_and_the_true_times(
     shard = make_shard(
         tmp_path / "a.tar", [{"0.mp4": clip(64, 48, 16), "json": chat(question, "a 猫 🐈", video="0.mp4")}]
     )
-    card = album_of(toy).card(ReadTask("a", str(shard), 0, 0, 0), 3)
+    card = album_of(toy).card(ReadTask("a", str(shard), 0, 0, 0, 0), 3)
     assert not card.problem
     learnt = [piece for piece in card.pieces if piece.style.endswith("learnt")]
     assert "".join(piece.text for piece in learnt) == "a 猫 🐈<|im_end|>"
