@@ -105,9 +105,9 @@ class Draw:
         ]
 
     @property
-    def ends(self) -> bool:
-        """Whether the draw ends: every source has a last epoch."""
-        return all(source.max_epochs is not None for source in self._sources)
+    def may_end(self) -> bool:
+        """Whether there may come a point at which no source with a share is left."""
+        return any(source.max_epochs is not None for source in self._sources)
 
     def start(self) -> DrawState:
         """Before the first sample."""

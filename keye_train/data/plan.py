@@ -50,6 +50,7 @@ class _End:
     """Every source has had its last epoch."""
 
     dropped: tuple[Dropped, ...]  # since the last batch
+    filtered: tuple[int, ...]
 
 
 class Plan:
@@ -167,14 +168,14 @@ class Plan:
     def batches(self, state: PlanState | None = None) -> Iterator[tuple[GlobalBatch, PlanState]]:
         """Global batches, each with the state that continues behind it.
 
-        Without end, unless every source has a last epoch. What is then left over, less than a global batch, is
+        Without end, unless sources have a last epoch and no other is left. What is then left over, less than a global batch, is
         reported as dropped by the last batch.
 
         Raises:
             ValueError: the state belongs to another plan.
         """
         found = self._batches(state)
-        if not self._draw.ends:
+        if not self._draw.may_end:
             yield from found  # type: ignore[misc]
             return
         held: tuple[GlobalBatch, PlanState] | None = None
@@ -185,7 +186,7 @@ class Plan:
                     yield held
                 held = item
             elif held is not None:
-                held = replace(held[0], dropped=held[0].dropped + item.dropped), held[1]
+                held = _with_end(held[0], item), held[1]
         if held is not None:
             yield held
         elif step == 0:
@@ -211,7 +212,7 @@ class Plan:
             )
             if not len(window.batches):
                 left = tuple(Dropped(source, row, AT_THE_END) for source, row in window.carried)
-                yield _End(dropped + window.dropped + left)
+                yield _End(dropped + window.dropped + left, window.filtered)
                 return
             self._check_window(window)
             # After a batch of this window its dropped samples have been reported.
@@ -235,7 +236,7 @@ class Plan:
             batch=0,
             drawn=window.draw.passed,
             carried=window.carried,
-            filtered=tuple(map(sum, zip(state.filtered, window.filtered, strict=True))),
+            filtered=_sum(state.filtered, window.filtered),
             spent=window.draw.mixture.spent,
             origin=window.draw.mixture.origin,
         )
@@ -253,6 +254,15 @@ class Plan:
                 ENOUGH_BATCHES,
                 self.window_samples * -(-ENOUGH_BATCHES // batches),
             )
+
+
+def _with_end(last: GlobalBatch, end: _End) -> GlobalBatch:
+    """The last batch, which also accounts for what came behind it."""
+    return replace(last, dropped=last.dropped + end.dropped, filtered=_sum(last.filtered, end.filtered))
+
+
+def _sum(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a + b for a, b in zip(left, right, strict=True))
 
 
 def _balance_packs(global_batch_packs: int, chosen: int | None) -> int:
