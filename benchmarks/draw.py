@@ -4,13 +4,14 @@
 
 The index is real in its format and simulated in its size: five sources, whose shards are links to one index of 50,000
 rows each, a billion rows in all, opened and read by the code that a run uses. "Position" is how many samples have been
-drawn. Memory is what the process has more than after its imports: resident, at its peak. Pages of mapped cache files
-count while they are in use, although the system may take them back.
+drawn. Memory is what the process has more than after its imports: resident, at its peak. Shards of a source are links, so
+"kept" reads one small file of sizes a source, which the system holds in memory: with as many files as shards, the disk's
+part comes on top.
 
-Mixing compares windows of 65,536 draws of the largest source with a full shuffle of it: from how many blocks of 1,024
-neighbouring rows a window comes, how often draws that follow each other come from the same block (1 = as by chance
-in a full shuffle of the group), and how far the mean length of a window strays from the mean of the source, in units of
-what a full shuffle strays, on rows whose length depends on their shard (spread between shards = spread within).
+Mixing compares windows of 65,536 draws of the largest source with a full shuffle of it: from how many blocks of
+neighbouring rows a window comes, how often draws that follow each other come from the same block (1 = as by chance in a
+full shuffle of the group), and how far the mean length of a window strays from the mean of the source, in units of what
+a full shuffle strays, on rows whose length depends on their shard (spread between shards = spread within).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +48,8 @@ SHARES = {"caption": 0.45, "ocr": 0.2, "vqa": 0.15, "text": 0.12, "video": 0.08}
 SHARDS, SHARD_ROWS = 20_000, 50_000
 WINDOW, TOKENS, PACKS = 65_536, 16_384, 256
 POSITIONS = (0, 10**9)
-GROUPS = (64, 256, 1024)
+GROUPS = ((1024, 256), (1024, 1024), (256, 4096), (128, 8192))  # rows of a block, blocks of a group
+MIXED_SHARDS = (500, 9000, 45_000)
 MIXING_WINDOWS = 40
 
 
@@ -127,26 +130,30 @@ def _resident_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def measure_mixing(group_blocks: int) -> dict[str, object]:
-    """How far windows of one source are from a full shuffle."""
+def measure_mixing(shards: int, block_rows: int, group_blocks: int) -> dict[str, object]:
+    """How far windows of one source are from a full shuffle; pairs of windows all over its epoch."""
     size = round(SHARDS * SHARES["caption"]) * SHARD_ROWS
-    order = BlockShuffle(size, 0, "caption", 1024, group_blocks)
+    order = BlockShuffle(size, 0, "caption", block_rows, group_blocks)
     share = round(WINDOW * SHARES["caption"])
+    of_shard = _normal(np.arange(shards))  # a standard normal number of the shard, another of the row
     touched, together, strays = [], [], []
     for window in range(MIXING_WINDOWS):
-        rows = order.rows(size // 3 + window * share + np.arange(share))
-        touched.append(len(np.unique(rows // 1024)))
-        together.append((np.diff(rows // 1024) == 0).mean() * group_blocks)
-        # Standard normal numbers of the shard and of the row; their sum has twice the variance of either.
-        strays.append((_normal(rows // SHARD_ROWS) + _normal(rows + size)).mean())
+        start = window // 2 * (size // (MIXING_WINDOWS // 2 + 1)) + window % 2 * share
+        rows = order.rows(start + np.arange(share))
+        touched.append(len(np.unique(rows // block_rows)))
+        together.append((np.diff(rows // block_rows) == 0).mean() * group_blocks)
+        strays.append((of_shard[rows // (size // shards)] - of_shard.mean() + _normal(rows + size)).mean())
     strays = np.array(strays)
+    stray = float(np.sqrt((strays**2).mean()))
     return {
+        "shards": shards,
+        "block, rows": block_rows,
         "group, blocks": group_blocks,
         "blocks a window comes from": round(float(np.mean(touched))),
         "same block as the draw before, x chance": round(float(np.mean(together)), 2),
-        "stray of a window's mean, x full shuffle": round(float(strays.std() / np.sqrt(2 / share)), 1),
-        "the same, in % of a sample's spread": round(float(strays.std() / np.sqrt(2)) * 100, 1),
-        "correlation with the next window": round(float(np.corrcoef(strays[:-1], strays[1:])[0, 1]), 2),
+        "stray of a window's mean, x full shuffle": round(stray / float(np.sqrt(2 / share)), 2),
+        "the same, in % of a sample's spread": round(stray / float(np.sqrt(2)) * 100, 2),
+        "correlation with the next window": round(float(np.corrcoef(strays[::2], strays[1::2])[0, 1]), 2),
     }
 
 
@@ -171,8 +178,8 @@ def main() -> None:
             found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             result.add({"position": position, "mixture by": unit.value, "cache": cache, **json.loads(found)})
     mixing = Result("draw_mixing", __doc__ or "")
-    for group_blocks in GROUPS:
-        mixing.add(measure_mixing(group_blocks))
+    for shards, group in product(MIXED_SHARDS, GROUPS):
+        mixing.add(measure_mixing(shards, *group))
     result.write()
     mixing.write()
 

@@ -1,13 +1,16 @@
 """The order of a source too large for a full shuffle: blocks of neighbouring rows, and rows within groups of blocks.
 
 A full shuffle of a billion rows makes every window touch every shard. Here a *block* is ``block_rows`` neighbouring
-rows. The blocks of the whole source are permuted; ``group_blocks`` of them that follow each other form a *group*, and
-the rows of a group are permuted. A window then touches the blocks of a group or two, all other rows stay on the disk,
-and the row at any position is still found in constant time without a table.
+rows, and the source is cut into *strata* of as many neighbouring blocks as there are groups. A *group* has one block of
+each stratum, another one in each epoch, so it comes from all parts of the source. The rows of a group are permuted. A
+window then touches the blocks of a group or two, all other rows stay on the disk, and the row at any position is still
+found in constant time without a table.
 
-How far that is from a full shuffle: a window sees rows from ``group_blocks`` places chosen at random, and the windows
-that share a group share those places. Rows of one block (about a thousand neighbours of one shard) come within
-``block_rows * group_blocks`` draws of each other instead of anywhere in the epoch.
+How far that is from a full shuffle: a source of up to ``group_blocks`` shards gives every group some of each shard, so
+the windows are as alike as those of a full shuffle. Of more shards, a group has some at random, and the windows that
+share it share those: the mean of n draws then has the variance (within shards) / n + (between shards) * (1 /
+group_blocks - 1 / shards). Rows of one block come within ``block_rows * group_blocks`` draws of each other instead of
+anywhere in the epoch.
 """
 
 from __future__ import annotations
@@ -31,12 +34,14 @@ class BlockShuffle:
         assert size >= block_rows > 0, f"source {name} is smaller than a block"
         self.size = size
         self._block = block_rows
-        self._full, self._tail = divmod(size, block_rows)  # full blocks, rows of the short one
-        self._places = self._full + (self._tail > 0)
-        self._groups = max(1, round(self._places / group_blocks))  # of even size, so that none is a poor mix
-        self._blocks = Shuffle(self._full, seed, f"{name}/blocks")
-        self._rows = Shuffle(-(-self._places // self._groups) * block_rows, seed, f"{name}/rows")
-        digest = hashlib.blake2b(f"{seed}/{name}/tail".encode(), digest_size=8).digest()
+        full, self._tail = divmod(size, block_rows)  # full blocks, rows of the short one behind them
+        self._groups = max(1, round(full / group_blocks))
+        # Every group has a block of each whole stratum; those behind, the short one last, go to some groups only.
+        self._strata, extra = divmod(full, self._groups)
+        self._extra = extra + (self._tail > 0)
+        self._blocks = Shuffle(self._groups, seed, f"{name}/blocks")
+        self._rows = Shuffle((self._strata + 1) * block_rows, seed, f"{name}/rows")
+        digest = hashlib.blake2b(f"{seed}/{name}/groups".encode(), digest_size=8).digest()
         self._key = np.uint64(int.from_bytes(digest, "little"))
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
@@ -48,35 +53,49 @@ class BlockShuffle:
         Returns:
             [N] int64.
         """
-        epoch, position = np.divmod(positions, self.size)
-        keys = mixed(self._key + epoch.astype(np.uint64))
-        # The short block stands anywhere among the others, elsewhere in each epoch.
-        short = (keys % np.uint64(self._full + 1)).astype(np.int64) if self._tail else np.full(len(epoch), self._places)
-        place, _ = self._locate(position, short)
-        group = ((place + 1) * self._groups - 1) // self._places
-        first = self._start(group * self._places // self._groups, short)
-        behind = self._start((group + 1) * self._places // self._groups, short)
-        own = mixed(keys ^ group.astype(np.uint64))
-        within = self._rows.permute((position - first).astype(np.uint64), own, (behind - first).astype(np.uint64))
-        place, offset = self._locate(first + within, short)
-        full = place != short
-        rows = self._full * self._block + offset
-        rows[full] = offset[full] + self._block * self._blocks.rows(
-            epoch[full] * self._full + place[full] - (place[full] > short[full])
-        )
+        rows = np.empty(len(positions), dtype=np.int64)
+        epochs, places = np.divmod(positions, self.size)
+        for epoch in np.unique(epochs).tolist():
+            mine = np.flatnonzero(epochs == epoch)
+            rows[mine] = self._of_epoch(epoch, places[mine])
         return rows
 
-    def _locate(self, position: np.ndarray, short: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Place of the block at a position of the epoch, and the offset in the block."""
-        before, behind = short * self._block, short * self._block + self._tail
-        place, offset = np.divmod(position - np.where(position >= behind, self._tail, 0), self._block)
-        place += (position >= behind) & (self._tail > 0)
-        in_short = (position >= before) & (position < behind)
-        return np.where(in_short, short, place), np.where(in_short, position - before, offset)
+    def _of_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        key = mixed(self._key + np.uint64(epoch))[0]
+        turn = int(key % np.uint64(self._groups))  # which groups have the blocks behind the strata
+        low, high = self._group_of(int(places.min()), turn), self._group_of(int(places.max()), turn)
+        starts = np.array([self._start(group, turn) for group in range(low, high + 2)])
+        group = low + np.searchsorted(starts, places, side="right") - 1
+        first, behind = starts[group - low], starts[group - low + 1]
+        own = mixed(key ^ group.astype(np.uint64))
+        within = self._rows.permute((places - first).astype(np.uint64), own, (behind - first).astype(np.uint64))
+        stratum, offset = np.divmod(within, self._block)
+        # The block of the group in each stratum: a permutation of the groups, another one for each stratum and epoch.
+        keys = mixed(mixed(key) + stratum.astype(np.uint64))
+        size = np.full(len(group), self._groups, dtype=np.uint64)
+        member = self._blocks.permute(group.astype(np.uint64), keys, size)
+        member = np.where(stratum < self._strata, member, (group + turn) % self._groups)
+        return (stratum * self._groups + member) * self._block + offset
 
-    def _start(self, place: np.ndarray, short: np.ndarray) -> np.ndarray:
-        """First position of the block at a place."""
-        return place * self._block - np.where(place > short, self._block - self._tail, 0)
+    def _start(self, group: int, turn: int) -> int:
+        """First position of a group."""
+        rows = (group * self._strata + self._extras(turn + group) - self._extras(turn)) * self._block
+        if self._tail and (self._extra - 1 - turn) % self._groups < group:  # the short block came before
+            rows -= self._block - self._tail
+        return rows
+
+    def _extras(self, groups: int) -> int:
+        """How many of the first so many groups, in endless turns, have a block behind the strata."""
+        turns, rest = divmod(groups, self._groups)
+        return turns * self._extra + min(rest, self._extra)
+
+    def _group_of(self, place: int, turn: int) -> int:
+        """Group of a position of the epoch."""
+        low, high = 0, self._groups
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._start(middle, turn) <= place else (low, middle)
+        return low
 
 
 def row_order(size: int, seed: int, name: str, block_rows: int, group_blocks: int) -> Shuffle | BlockShuffle:

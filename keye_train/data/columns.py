@@ -1,19 +1,20 @@
 """Measured sizes of the samples of a source, block by block: what is looked at is measured, what is old is forgotten.
 
-With a cache folder, the sizes of a shard are measured once for all processes of the machine and for every later start:
-17 bytes a sample in a file that is mapped into memory, so a block of it costs a few pages.
+With a cache folder, the sizes of a shard are measured once for all processes of the machine and for every later start,
+17 bytes a sample (see ``kept``).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
+from functools import cached_property
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,27 +22,26 @@ import pyarrow as pa
 
 from keye_train.data.filters import INDEX_COLUMNS, Filter, filter_columns
 from keye_train.data.index import INDEX_VERSION, read_rows
+from keye_train.data.kept import ROW, read_kept, write_kept
 from keye_train.data.measure import Sizes, measure
 from keye_train.data.paths import index_file
 from keye_train.data.storage import is_url
-from keye_train.runs import write_text_atomic
 from keye_train.settings import ResolutionSettings, StorageSettings
 
-BLOCK_ROWS = 1024
-"""Rows that are measured and forgotten together."""
+BLOCK_ROWS = 128
+"""Rows that are measured and forgotten together: a block of ``data.shuffle_block_rows`` as it is set by default."""
 
-KEPT_BLOCKS = 768
-"""Blocks of a source that stay in memory (17 bytes a row, so 13 MB): those of three groups of the usual size."""
+KEPT_ROWS = 1_500_000
+"""Rows of a source that stay in memory, at 17 bytes: a group of blocks of the usual size and half the next."""
+
+PART_ROWS = 131_072
+"""Rows that are read and measured together."""
 
 READERS = 8
 """Indexes read at the same time."""
 
 KNOWN_MEDIA = 100_000
 """Different sizes of media whose cost is remembered."""
-
-ROW = np.dtype([("patches_squared", "<i8"), ("tokens", "<i4"), ("patches", "<i4"), ("keep", "?")])
-
-CACHE_VERSION = "2"
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,17 @@ class Measuring:
     rows_from: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # shard -> ``ShardHeader.rows_from``
     storage: StorageSettings | None = None
 
+    @cached_property
+    def _described(self) -> str:
+        resolution = sorted(asdict(self.resolution).items())
+        return json.dumps([INDEX_VERSION, resolution, self.pair_tokens, self.filter.text if self.filter else None])
+
     def cache_path(self, shard: str) -> Path | None:
         """File of the measured rows of a shard; everything that decides them is in its name."""
         if self.cache is None:
             return None
-        described = [
-            CACHE_VERSION,
-            INDEX_VERSION,
-            self.rows_from[shard],
-            sorted(asdict(self.resolution).items()),
-            self.pair_tokens,
-            self.filter.text if self.filter else None,
-        ]
-        name = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
-        return self.cache / name[:2] / f"{name}.npy"
+        name = hashlib.sha256(repr((self._described, self.rows_from[shard])).encode()).hexdigest()[:32]
+        return self.cache / name[:2] / f"{name}.sizes"
 
 
 @dataclass(frozen=True)
@@ -91,26 +88,26 @@ class BlockStore:
         """Sizes of some rows, which of them pass the filter, and place -> reason where one cannot be trained on."""
         order = np.argsort(rows, kind="stable")
         numbers, starts = np.unique(rows[order] // BLOCK_ROWS, return_index=True)
+        bounds = [*starts.tolist(), len(rows)]
         found = np.empty(len(rows), dtype=ROW)
         errors: dict[int, str] = {}
-        # In parts, so that looking at a whole corpus holds no more blocks than looking at a window.
-        for part in range(0, len(numbers), KEPT_BLOCKS):
-            blocks = self._load(numbers[part : part + KEPT_BLOCKS].tolist())
-            for number, start, stop in zip(
-                numbers[part : part + KEPT_BLOCKS].tolist(),
-                starts[part : part + KEPT_BLOCKS].tolist(),
-                [*starts[part + 1 : part + KEPT_BLOCKS + 1].tolist(), len(rows)],
-                strict=False,
-            ):
-                places, block = order[start:stop], blocks[number]
-                inside = rows[places] - number * BLOCK_ROWS
-                found[places] = block.rows[inside]
-                if block.errors:
-                    errors |= {
-                        int(place): block.errors[row]
-                        for place, row in zip(places.tolist(), inside.tolist(), strict=True)
-                        if row in block.errors
-                    }
+        # In parts, so that looking at a whole corpus holds no more than looking at a window.
+        step = max(PART_ROWS // BLOCK_ROWS, 1)
+        for part in range(0, len(numbers), step):
+            own = numbers[part : part + step].tolist()
+            blocks = self._load(own)
+            first, behind = bounds[part], bounds[part + len(own)]
+            places = order[first:behind]
+            held = np.concatenate([blocks[number].rows for number in own])
+            offsets = np.cumsum([0] + [len(blocks[number].rows) for number in own])
+            which = np.searchsorted(numbers[part : part + len(own)], rows[places] // BLOCK_ROWS)
+            found[places] = held[offsets[which] + rows[places] % BLOCK_ROWS]
+            for place, number in enumerate(own):
+                if blocks[number].errors:
+                    mine = order[bounds[part + place] : bounds[part + place + 1]].tolist()
+                    inside = (rows[mine] % BLOCK_ROWS).tolist()
+                    reasons = blocks[number].errors
+                    errors |= {i: reasons[row] for i, row in zip(mine, inside, strict=True) if row in reasons}
         tokens, patches = found["tokens"].astype(np.int64), found["patches"].astype(np.int64)
         sizes = Sizes(tokens, tokens**2, patches, found["patches_squared"].astype(np.int64))
         return sizes, found["keep"], errors
@@ -118,28 +115,32 @@ class BlockStore:
     def _load(self, numbers: list[int]) -> dict[int, Block]:
         """Blocks by number; the ones that are not at hand are read, each shard of theirs once."""
         missing = [number for number in numbers if number not in self._blocks]
-        total = int(self._first_rows[-1])
-        spans = [
-            (number, shard, start, stop) for number in missing for shard, start, stop in self._spans(number, total)
-        ]
-        by_shard = [(shard, list(own)) for shard, own in groupby(spans, key=lambda span: span[1])]
-        parts: dict[int, list[Block]] = {}
-        with ThreadPoolExecutor(READERS) as pool:
-            for (_, own), blocks in zip(by_shard, pool.map(lambda item: self._read(*item), by_shard), strict=True):
-                for (number, *_), block in zip(own, blocks, strict=True):
-                    parts.setdefault(number, []).append(block)
-        for number, blocks in parts.items():
-            self._blocks[number] = _joined(blocks)
+        if missing:
+            self._blocks.update(self._read(missing))
         wanted = {}
         for number in numbers:
             self._blocks.move_to_end(number)
             wanted[number] = self._blocks[number]
-        while len(self._blocks) > KEPT_BLOCKS:
+        while len(self._blocks) > max(KEPT_ROWS // BLOCK_ROWS, 1):
             self._blocks.popitem(last=False)
         return wanted
 
+    def _read(self, numbers: list[int]) -> dict[int, Block]:
+        """Read blocks, ascending, and measure them together."""
+        total = int(self._first_rows[-1])
+        spans = [span for number in numbers for span in self._spans(number, total)]
+        by_shard = [(shard, [span[1:] for span in own]) for shard, own in groupby(spans, key=lambda span: span[0])]
+        with ThreadPoolExecutor(READERS) as pool:
+            read: list[Block | pa.Table] = list(pool.map(lambda item: self._read_shard(*item), by_shard))
+        tables = [part for part in read if isinstance(part, pa.Table)]
+        if tables:
+            measured = iter(_split(self._measure(pa.concat_tables(tables)), [len(table) for table in tables]))
+            read = [next(measured) if isinstance(part, pa.Table) else part for part in read]
+        lengths = [min(BLOCK_ROWS, total - number * BLOCK_ROWS) for number in numbers]
+        return dict(zip(numbers, _split(_joined(read), lengths), strict=True))
+
     def _spans(self, number: int, total: int) -> list[tuple[int, int, int]]:
-        """Shards of a block, each with its rows there."""
+        """Shards of a block, each with its rows there: (shard, start, stop)."""
         start, stop = number * BLOCK_ROWS, min((number + 1) * BLOCK_ROWS, total)
         shard = int(np.searchsorted(self._first_rows, start, side="right")) - 1
         spans = []
@@ -151,31 +152,43 @@ class BlockStore:
             start, shard = end, shard + 1
         return spans
 
-    def _read(self, shard: int, spans: list[tuple[int, int, int, int]]) -> list[Block]:
-        """Measure some stretches of rows of a shard."""
+    def _read_shard(self, shard: int, spans: list[tuple[int, int]]) -> Block | pa.Table:
+        """Some stretches of rows of a shard, one behind the other: measured, where they are kept, or as they are."""
         name = self._shards[shard]
         path = self._measuring.cache_path(name)
         if path is not None:
-            whole = _cached(path)
-            if whole is None:
-                rows = int(self._first_rows[shard + 1] - self._first_rows[shard])
-                whole = self._measure(name, 0, rows)
-                _write_cache(path, whole)
-            return [_cut(whole, start, stop) for *_, start, stop in spans]
-        first, behind = spans[0][2], spans[-1][3]
+            total = int(self._first_rows[shard + 1] - self._first_rows[shard])
+            found = read_kept(path, spans, total)
+            if found is None:
+                whole = self._measure(self._table(name, 0, total))
+                write_kept(path, whole.rows, whole.errors)
+                found = [whole.rows[start:stop] for start, stop in spans], whole.errors
+            rows, account = found
+            starts = np.cumsum([0] + [len(part) for part in rows]).tolist()
+            errors = {
+                first + row - start: reason
+                for row, reason in account.items()
+                for first, (start, stop) in zip(starts, spans, strict=False)
+                if start <= row < stop
+            }
+            return Block(np.concatenate(rows), errors)
+        first, behind = spans[0][0], spans[-1][1]
         remote = is_url(index_file(name, self._measuring.storage))  # fetched whole in any case
-        if remote or behind - first <= 2 * sum(stop - start for *_, start, stop in spans):
-            whole = self._measure(name, first, behind)
-            return [_cut(whole, start - first, stop - first) for *_, start, stop in spans]
-        return [self._measure(name, start, stop) for *_, start, stop in spans]
+        if remote or behind - first <= 2 * sum(stop - start for start, stop in spans):
+            table = self._table(name, first, behind)
+            return pa.concat_tables([table.slice(start - first, stop - start) for start, stop in spans])
+        return pa.concat_tables([self._table(name, start, stop) for start, stop in spans])
 
-    def _measure(self, shard: str, start: int, stop: int) -> Block:
+    def _table(self, shard: str, start: int, stop: int) -> pa.Table:
         columns = INDEX_COLUMNS if self._measuring.filter else ("text_tokens", "media", "error")
-        table = pa.concat_tables([read_rows(shard, columns, start, stop, self._measuring.storage)])
-        if len(self._known) > KNOWN_MEDIA:
-            self._known = {}
-        sizes, errors = measure(table, self._measuring.resolution, self._measuring.pair_tokens, self._known)
-        rows = np.empty(stop - start, dtype=ROW)
+        return read_rows(shard, columns, start, stop, self._measuring.storage)
+
+    def _measure(self, table: pa.Table) -> Block:
+        """Measured rows of an index."""
+        known = {} if len(self._known) > KNOWN_MEDIA else self._known
+        self._known = known
+        sizes, errors = measure(table, self._measuring.resolution, self._measuring.pair_tokens, known)
+        rows = np.empty(len(table), dtype=ROW)
         rows["tokens"], rows["patches"] = sizes.tokens, sizes.patches
         rows["patches_squared"], rows["keep"] = sizes.patches_squared, True
         if self._measuring.filter:
@@ -185,9 +198,7 @@ class BlockStore:
         return Block(rows, errors)
 
 
-def _joined(blocks: list[Block]) -> Block:
-    if len(blocks) == 1:
-        return blocks[0]
+def _joined(blocks: Sequence[Block]) -> Block:
     errors: dict[int, str] = {}
     first = 0
     for block in blocks:
@@ -196,28 +207,11 @@ def _joined(blocks: list[Block]) -> Block:
     return Block(np.concatenate([block.rows for block in blocks]), errors)
 
 
-def _cut(block: Block, start: int, stop: int) -> Block:
-    errors = {row - start: reason for row, reason in block.errors.items() if start <= row < stop}
-    return Block(block.rows[start:stop].copy(), errors)
-
-
-def _cached(path: Path) -> Block | None:
-    """A measured shard as it was kept; None where it is not there, or damaged: it is made anew."""
-    try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        found = json.loads(path.with_suffix(".json").read_text())
-        errors = {int(row): str(reason) for row, reason in found.items()}
-    except (FileNotFoundError, ValueError, EOFError, AttributeError):
-        return None
-    return Block(rows, errors) if rows.dtype == ROW else None
-
-
-def _write_cache(path: Path, block: Block) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(path.with_suffix(".json"), json.dumps(block.errors))  # also {}: no file is no account
-    aside = path.with_name(f".{path.name}.{os.getpid()}.{id(block)}.tmp")
-    with aside.open("wb") as file:
-        np.save(file, block.rows, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)  # last: its presence means that both are there
+def _split(block: Block, lengths: Sequence[int]) -> list[Block]:
+    """The parts of these lengths; each has a copy of its rows, so that it does not hold the whole."""
+    bounds = np.cumsum([0, *lengths]).tolist()
+    parts = [Block(block.rows[start:stop].copy(), {}) for start, stop in pairwise(bounds)]
+    for row, reason in block.errors.items():
+        part = bisect_right(bounds, row) - 1
+        parts[part].errors[row - bounds[part]] = reason
+    return parts

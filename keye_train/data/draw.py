@@ -31,8 +31,8 @@ class DrawRules:
     unit: MixtureUnit = MixtureUnit.samples
     later: tuple[tuple[int, Mapping[str, float]], ...] = ()  # (amount drawn, weights) from there on
     linear: bool = True  # between those points
-    block_rows: int = 1024  # see ``blocks``
-    group_blocks: int = 256
+    block_rows: int = 128  # see ``blocks``
+    group_blocks: int = 8192
 
     @classmethod
     def from_settings(cls, data: DataSettings, mixture: str, token_capacity: int) -> DrawRules:

@@ -168,8 +168,8 @@ class Plan:
     def batches(self, state: PlanState | None = None) -> Iterator[tuple[GlobalBatch, PlanState]]:
         """Global batches, each with the state that continues behind it.
 
-        Without end, unless sources have a last epoch and no other is left. What is then left over, less than a global batch, is
-        reported as dropped by the last batch.
+        Without end, unless sources have a last epoch and no other is left. What is then left over, less than a global
+        batch, is reported as dropped by the last batch.
 
         Raises:
             ValueError: the state belongs to another plan.

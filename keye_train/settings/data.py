@@ -161,15 +161,17 @@ class DataSettings:
     nor does it at a divisor of that number. A divisor of ``stage.global_batch_packs``; null: a quarter of it. Where it
     is more than a quarter, batches are less alike in their sources. The samples of a step follow from this number,
     never from the actual number of ranks."""
-    shuffle_block_rows: int = 1024
+    shuffle_block_rows: int = 128
     """Neighbouring rows that stay together in sources larger than a group; see ``keye_train.data.blocks``."""
-    shuffle_group_blocks: int = 256
-    """Blocks whose rows are shuffled together. More mix better and cost a window more memory and more shards to read
-    from. Sources of at most shuffle_block_rows * shuffle_group_blocks rows are shuffled row by row."""
+    shuffle_group_blocks: int = 8192
+    """Blocks, from all parts of a source, whose rows are shuffled together. More mix better and make a window read from
+    more shards. Windows are about as alike as those of a full shuffle where this is a quarter of the samples that a
+    window draws from a source, or as many as its shards. Sources of at most shuffle_block_rows * shuffle_group_blocks
+    rows are shuffled row by row."""
     plan_cache: str | None = None
-    """Folder, best on a disk of the machine, that keeps the headers of shards and measured sizes (17 bytes a sample
-    looked at) for all processes and later starts. null: each process measures for itself. May be deleted at any time
-    between runs."""
+    """Folder, best on a disk of the machine, that keeps the headers of shards and measured sizes (17 bytes a sample of
+    the shards looked at) for all processes and later starts. null: each process measures for itself. May be deleted at
+    any time between runs."""
     workers: int = 2
     """Reader processes for each rank; 0 reads in the training process."""
     prefetch_steps: int = 2

@@ -91,6 +91,21 @@ def test_a_window_of_a_huge_source_touches_few_blocks_and_mixes_them() -> None:
     assert len(np.unique(blocks * 1024 // 10**7)) > 80  # of 100 parts of the source
 
 
+@pytest.mark.parametrize("shards", [500, 9000])
+def test_windows_are_about_as_alike_as_those_of_a_full_shuffle(shards: int) -> None:
+    """By the default rules, where lengths depend on the shard as much as on the sample."""
+    rules, size, share = DrawRules(), 450_000_000, 30_000
+    order = row_order(size, 0, "huge", rules.block_rows, rules.group_blocks)
+    rng = np.random.default_rng(0)
+    of_shard = rng.normal(size=shards)
+    of_shard -= of_shard.mean()
+    strays = []
+    for window in range(40):
+        rows = order.rows(window * (size // 40) + np.arange(share))
+        strays.append((of_shard[rows // (size // shards)] + rng.normal(size=share)).mean())
+    assert np.sqrt(np.mean(np.square(strays)) / (2 / share)) < 1.5
+
+
 def test_the_short_block_of_a_source_comes_anywhere_in_the_epoch() -> None:
     order = BlockShuffle(1001, 0, "a", 50, 2)
     places = [int(np.flatnonzero(order.rows(epoch * 1001 + np.arange(1001)) == 1000)[0]) for epoch in range(60)]
@@ -262,7 +277,8 @@ def test_sizes_do_not_depend_on_how_they_are_read(
 
     whole = opened().look(np.arange(48))
     monkeypatch.setattr(columns, "BLOCK_ROWS", 5)
-    monkeypatch.setattr(columns, "KEPT_BLOCKS", 3)
+    monkeypatch.setattr(columns, "KEPT_ROWS", 15)
+    monkeypatch.setattr(columns, "PART_ROWS", 10)
     cache = tmp_path if cached else None
     source = opened(cache)
     for _ in range(2):
@@ -271,10 +287,10 @@ def test_sizes_do_not_depend_on_how_they_are_read(
         for name in ("tokens", "tokens_squared", "patches", "patches_squared"):
             np.testing.assert_array_equal(getattr(looked.sizes, name), getattr(whole.sizes, name)[rows])
         assert len(source._store._blocks) <= 3
-        for file in tmp_path.glob("*/*.npy"):
+        for file in tmp_path.glob("*/*.sizes"):
             file.write_bytes(file.read_bytes()[:50])
         source = opened(cache)
-    assert bool(list(tmp_path.glob("*/*.npy"))) == cached
+    assert bool(list(tmp_path.glob("*/*.sizes"))) == cached
 
 
 def test_what_cannot_be_read_keeps_its_reason_in_the_cache(make_shard, tokenizer_dir: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -286,8 +302,8 @@ def test_what_cannot_be_read_keeps_its_reason_in_the_cache(make_shard, tokenizer
         assert sorted(looked.errors) == [0, 2]
         assert "JSON" in looked.errors[2]
         assert looked.keep.all()  # what cannot be read is for the ledger, whatever the filter
-        for file in (tmp_path / "cache").glob("[0-9a-f][0-9a-f]/*.json"):
-            file.unlink()  # sizes without their reasons do not read as "nothing is wrong"
+        for file in (tmp_path / "cache").glob("[0-9a-f][0-9a-f]/*.sizes"):
+            file.write_bytes(file.read_bytes()[:-9])  # sizes without their reasons do not read as "nothing is wrong"
 
 
 def test_kept_sizes_are_of_one_tokenizer(
@@ -304,7 +320,7 @@ def test_kept_sizes_are_of_one_tokenizer(
         sources = {"a": SourceSettings([str(shard)])}
         source = Corpus.open(sources, folder, toy_resolution(), cache=tmp_path / "cache").sources["a"]
         source.look(np.array([0]))
-        counts.append(len(list((tmp_path / "cache").glob("[0-9a-f][0-9a-f]/*.npy"))))
+        counts.append(len(list((tmp_path / "cache").glob("[0-9a-f][0-9a-f]/*.sizes"))))
     assert counts == [1, 2]
 
 

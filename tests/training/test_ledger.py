@@ -111,7 +111,7 @@ def test_quarantined_samples_are_left_out_and_can_be_read_apart(
 
 
 def test_a_run_to_the_end_of_filtered_data_is_accounted_for(toy_corpus: ToyCorpus, tmp_path: Path) -> None:
-    """One epoch of two sources, one of them filtered: every row that passes comes once, the run ends before its steps."""
+    """One epoch of two sources, one of them filtered: every row that passes comes once, then the run ends."""
     settings = toy_corpus.settings(
         STAGE,
         tmp_path / "run",
