@@ -134,6 +134,8 @@ class ShareCurve:
         self._starts = list(starts)
         self._pieces = list(pieces)
         self._bases = [piece[0] for piece in pieces]
+        # A share that stays, the usual case, in one division.
+        self._rate = self._pieces[0][1] if len(self._pieces) == 1 and not self._pieces[0][2] else 0
 
     def at(self, total: int) -> int:
         """scale * S at the amount ``total`` drawn, not before the first start."""
@@ -144,6 +146,8 @@ class ShareCurve:
 
     def reach(self, amount: int) -> int:
         """Smallest T with scale * S(T) >= amount; NEVER where there is none."""
+        if self._rate:
+            return self._starts[0] + max(-(-(amount - self._bases[0]) // self._rate), 0)
         piece = max(bisect_left(self._bases, amount) - 1, 0)
         a, b, c = self._pieces[piece]
         rest, start = amount - a, self._starts[piece]
