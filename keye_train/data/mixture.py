@@ -207,7 +207,7 @@ class Shuffle:
 
 def shuffled(count: int, seed: int) -> np.ndarray:
     """The numbers 0 .. count - 1 in an order that depends on the seed alone, not on the version of numpy: [count]."""
-    keys = mixed(np.arange(count, dtype=np.uint64) + mixed(np.uint64(seed)))
+    keys = mixed(np.arange(count, dtype=np.uint64) + mixed(np.uint64(seed % 2**64)))
     return np.argsort(keys, kind="stable")
 
 
