@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from itertools import combinations_with_replacement, product
+from itertools import combinations, combinations_with_replacement, product
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ from keye_train.settings import CaptionDecoderSettings, Objective, Precision, Te
 START, IMAGE, VIDEO = 60, 61, 62
 TEXT = TextTowerSettings(64, 32, 48, 1, 2, max_tokens=6)
 KINDS = ("text", "image", "video", "empty", "mixed")
-LANGUAGE = (("projector",), ("vision",), ("language",), ("vision", "projector", "language"))
+PARTS = ("vision", "projector", "language")
+LANGUAGE = tuple(trainable for size in (1, 2, 3) for trainable in combinations(PARTS, size))
 CONTRASTIVE = (("vision",), ("text_tower",), ("vision", "text_tower"))
 CAPTIONS = ((3, ("caption_decoder",)), *((stage, (*CONTRASTIVE[-1], "caption_decoder")) for stage in (1, 2, 3)))
 DECODER = CaptionDecoderSettings(32, 48, 1, 2, 1, initializer_range=0.2)

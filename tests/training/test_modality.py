@@ -14,11 +14,14 @@ from torch import Tensor
 from keye_train.model import module_parameters
 
 
+pytestmark = pytest.mark.timeout(480)  # one launch computes all cases
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with what the script wrote; two ranks are started once for all cases."""
     out = tmp_path_factory.mktemp("modality")
-    ranks.run([*ranks.torchrun(2), str(Path(modality.__file__)), str(out)], timeout_s=280)
+    ranks.run([*ranks.torchrun(2), str(Path(modality.__file__)), str(out)], timeout_s=420)
     return out
 
 
