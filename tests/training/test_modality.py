@@ -13,7 +13,6 @@ from torch import Tensor
 
 from keye_train.model import module_parameters
 
-
 pytestmark = pytest.mark.timeout(480)  # one launch computes all cases
 
 
