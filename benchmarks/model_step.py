@@ -178,10 +178,7 @@ def measure(case: Case, world: World, rounds: int) -> dict[str, object]:
     seconds, peak = median(times.steps()), median(times.peak_flops)
     shares = [expected.flops / step_s / peak_s for step_s, peak_s in zip(times.steps(), times.peak_flops, strict=True)]
     low, _, high = quantiles(shares, n=4)
-    row: dict[str, object] = {
-        "model": case.name,
-        "path": case.path,
-        "recompute": "yes" if case.checkpointing else "no",
+    row = _named(case) | {
         "tokens": expected.tokens,
         "patches": expected.patches,
         "tokens/s": round(expected.tokens / seconds),
@@ -197,13 +194,14 @@ def measure(case: Case, world: World, rounds: int) -> dict[str, object]:
     return row
 
 
+def _named(case: Case) -> dict[str, object]:
+    return {"model": case.name, "path": case.path, "recompute": "yes" if case.checkpointing else "no"}
+
+
 def planned(case: Case, memory: float | None) -> dict[str, object]:
     """The row of ``--plan``: what a case should cost."""
     expected = forecast(case)
-    row: dict[str, object] = {
-        "model": case.name,
-        "path": case.path,
-        "recompute": "yes" if case.checkpointing else "no",
+    row = _named(case) | {
         "parameters, M": round(expected.parameters / 1e6, 1),
         "tokens": expected.tokens,
         "patches": expected.patches,
@@ -226,15 +224,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--plan", action="store_true", help="only print what each case should cost; runs anywhere")
     parser.add_argument("--memory-gib", type=float, help="memory of the GPU; default: this GPU's, else an H200's")
     parser.add_argument("--rounds", type=int, default=20, help="measured steps of each case")
-    parser.add_argument("--only", default="", help="only cases whose row contains this text, such as 'keye_2b module'")
+    parser.add_argument("--only", default="", help="only cases whose 'MODEL PATH TOKENS' contains this text")
     options = parser.parse_args(arguments)
     present = torch.cuda.is_available()
     if options.device == "cuda" and not present and not options.plan:
         parser.error("no CUDA device here: add --plan to see what the cases should cost, or take --device cpu")
-    if options.device == "cpu" and present:
+    if options.rounds < 2:
+        parser.error(f"--rounds {options.rounds}: quartiles need 2 or more")
+    if options.device == "cpu" and present and not options.plan:
         parser.error("a CUDA device is visible, which the engine takes: set CUDA_VISIBLE_DEVICES= to measure the CPU")
     kind = options.device if options.device != "auto" else ("cuda" if present else "cpu")
     memory = None
+    if kind == "cpu" and options.memory_gib is not None:
+        parser.error("--memory-gib is of a GPU: add --device cuda --plan, or leave it out")
     if kind == "cuda":
         memory = step_cases.H200_MEMORY if not present else float(torch.cuda.get_device_properties(0).total_memory)
         memory = memory if options.memory_gib is None else options.memory_gib * GIB

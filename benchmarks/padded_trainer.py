@@ -103,7 +103,8 @@ class StepTimes(TrainerCallback):
     """Seconds between the ends of optimizer steps."""
 
     def __init__(self) -> None:
-        self.clock, self.seconds = Clock(torch.device("cpu")), []  # type: ignore[var-annotated]
+        self.clock = Clock(torch.device("cpu"))
+        self.seconds: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Note a step."""
@@ -251,6 +252,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=4, help="measured optimizer steps of a turn")
     parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args(arguments)
+    if min(options.steps, options.turns) < 1:
+        parser.error("--steps and --turns must be 1 or more")
     world = distributed.start(timeout_minutes=5)
     settings = CPU_CASES[0].settings()
     seconds = "the process" if torch.get_num_threads() == 1 else "the wall"

@@ -61,8 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Count and tell; the exit status."""
     storage = storage_from(arguments)
     shards = find_shards(arguments.shards, storage)
-    summary = summarise(shards, read_resolution(arguments.set), storage)
-    print(render(summary, len(shards)))
+    resolution = read_resolution(arguments.set)
+    print(render(summarise(shards, resolution, storage), len(shards)))
+    budgets = ", ".join(f"{name}={value}" for name, value in vars(resolution).items())
+    print(f"\nMedia are counted at {budgets}; --set changes these.")
     return 0
 
 

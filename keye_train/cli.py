@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from keye_train import compose
+from keye_train import compose, runs
 from keye_train.settings import (
     EvaluationSettings,
     MergeSettings,
@@ -202,7 +202,9 @@ def _convert(arguments: argparse.Namespace) -> int:
     if arguments.command == "inspect":
         from keye_train.model.convert_inspect import describe
 
-        print(describe(arguments.source, arguments.depth, arguments.tensors))
+        export = arguments.source / runs.EXPORT
+        folder = export if export.is_dir() else arguments.source
+        print(describe(folder, arguments.depth, arguments.tensors))
         return 0
     import torch
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.config_store import ConfigStore
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -141,6 +141,10 @@ def _readable(error: Exception) -> str:
     if cause is not error:
         parts.append(str(cause).split("\n")[0].strip())
     text = re.sub(r" To append to your \w+( \w+)? use \+\S+", "", ": ".join(parts))
+    if isinstance(error, OverrideParseException):
+        return f"{text}: an override reads KEY=VALUE, as in stage=2_multitask or stage.steps=100"
+    if isinstance(error, MissingConfigException) and error.options:
+        return f"{text}; there are: {', '.join(sorted(error.options))}"
     missing = re.search(r"missing mandatory value: (\S+)", text, flags=re.IGNORECASE)
     if missing is not None:
         return f"{missing.group(1)} has no value: set {missing.group(1)}=..."

@@ -70,3 +70,16 @@ def test_measuring_a_device_that_is_absent_says_what_to_do(capsys: pytest.Captur
     with pytest.raises(SystemExit):
         model_step.main(["--device", "cuda"])
     assert "--plan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(["--rounds", "1"], "--rounds"), (["--device", "cpu", "--plan", "--memory-gib", "80"], "--memory-gib")],
+)
+def test_options_that_cannot_hold_are_refused_at_once(
+    options: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not after the first case has been measured."""
+    with pytest.raises(SystemExit):
+        model_step.main(options)
+    assert named in capsys.readouterr().err

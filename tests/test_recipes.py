@@ -87,6 +87,8 @@ def test_a_stored_recipe_reads_back_equal() -> None:
     ("overrides", "expected"),
     [
         (["stage.stps=3"], "Did you mean 'steps'"),
+        (["stage=2_multitsk"], "there are: 0_vision, 1_align, 2_multitask, 3_anneal"),
+        (["steps"], "KEY=VALUE"),
         (["stage.steps=many"], "stage.steps"),
         (["stage=9_moon"], "9_moon"),
         (["deepspeed=zero0", "deepspeed.precision=bf16"], "bf16_autocast"),

@@ -29,9 +29,11 @@ COLUMNS = {2: ("left", "right"), 3: ("left", "", "right")}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def _pair(studio: Studio, kind: str, image: Image.Image, caption: str, made_from: dict[str, Any]) -> Draft:
+def _pair(
+    studio: Studio, kind: str, image: Image.Image, caption: str, made_from: dict[str, Any], grey: bool = False
+) -> Draft:
     draft = Draft(f"pairs_{kind}", [], caption, "exact", made_from=made_from)
-    draft.parts = [studio.photograph(draft, image), studio.pick(DESCRIBE)]
+    draft.parts = [studio.photograph(draft, image, grey), studio.pick(DESCRIBE)]
     return draft
 
 
@@ -90,19 +92,15 @@ def pairs_digits(studio: Studio) -> Draft:
         image, made_from = two_digits(studio, studio.pick(INKS))
         words = studio.pick(("a {} and a {}", "the digits {} and {}"))
     numbers = [NUMBERS[digit["digit"]] for digit in made_from["digits"]]
-    draft = Draft("pairs_digits", [], words.format(*numbers), "exact", made_from=made_from)
-    draft.parts = [studio.photograph(draft, image, grey=True), studio.pick(DESCRIBE)]
-    return draft
+    return _pair(studio, "digits", image, words.format(*numbers), made_from, grey=True)
 
 
 def pairs_words(studio: Studio) -> Draft:
     """A rendered word; as with digits, colours are left out of the caption."""
     word = studio.pick(CHINESE_WORDS if studio.chance(0.33) else LATIN_WORDS)
     image, made_from = render_word(studio, word, studio.pick(INKS))
-    draft = Draft(
-        "pairs_words", [], studio.pick(("the word {}", "{} in letters")).format(word), "exact", made_from=made_from
-    )
-    draft.parts = [studio.photograph(draft, image, grey=True), studio.pick(DESCRIBE)]
+    words = studio.pick(("the word {}", "{} in letters")).format(word)
+    draft = _pair(studio, "words", image, words, made_from, grey=True)
     draft.extra["language"] = "zh" if word in CHINESE_WORDS else "en"
     return draft
 

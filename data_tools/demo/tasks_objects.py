@@ -31,12 +31,10 @@ def one_thing(studio: Studio, thing: Thing, size: tuple[int, int]) -> tuple[Imag
     return image, {"objects": [drawn], "backdrop": backdrop}
 
 
-def one_digit(
-    studio: Studio, digit: int | None, ink: str, size: tuple[int, int], paper: str | None = None
-) -> tuple[Image.Image, dict[str, Any]]:
-    """A digit scan that nearly fills the shorter side of a canvas, and its record; ``paper`` names the background."""
+def one_digit(studio: Studio, digit: int | None, ink: str, size: tuple[int, int]) -> tuple[Image.Image, dict[str, Any]]:
+    """A scan of a digit (None: of any) that nearly fills the shorter side of a canvas, and its record."""
     index, scan, label = studio.scan(digit)
-    image, backdrop = studio.page(size, paper)
+    image, backdrop = studio.page(size)
     box = place(studio, size, 0.95, 1.0)
     draw_scan(image, scan, shade(ink, studio.rng), box, angle=float(studio.rng.uniform(-5, 5)))
     record = {"scan": index, "digit": label, "ink": ink, "box": list(box)}

@@ -36,7 +36,7 @@ FACTS = (
 WEEK = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
-def render_word(studio: Studio, word: str, ink: str, paper: str | None = None) -> tuple[Image.Image, dict[str, Any]]:
+def render_word(studio: Studio, word: str, ink: str) -> tuple[Image.Image, dict[str, Any]]:
     """One word in a random font and size on a canvas with little room around it, and its record."""
     chinese = word in CHINESE_WORDS
     font_name = studio.pick(CHINESE_FONTS if chinese else LATIN_FONTS)
@@ -45,7 +45,7 @@ def render_word(studio: Studio, word: str, ink: str, paper: str | None = None) -
     font = load_font(font_name, pixels, weight)
     wide, high = word_size(word, font)
     size = (wide + int(studio.rng.integers(6, 17)), max(high + int(studio.rng.integers(6, 17)), 42))
-    image, backdrop = studio.page(size, paper)
+    image, backdrop = studio.page(size)
     corner = (int(studio.rng.integers(2, size[0] - wide - 1)), int(studio.rng.integers(2, size[1] - high - 1)))
     draw_word(image, word, font, shade(ink, studio.rng), corner)
     record = {"word": word, "ink": ink, "font": font_name.split(":")[1], "pixels": pixels, "weight": weight}

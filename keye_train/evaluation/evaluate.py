@@ -126,6 +126,10 @@ def _read_heldouts(settings: EvaluationSettings) -> Heldouts:
             settings.data.storage,
         )
         pairs = [sample for sample in drawn if not isinstance(sample, Skipped)]
+        if not pairs:
+            raise SettingsError(
+                f"data.heldout_pairs: none of its samples can be read; check {settings.data.heldout_pairs.shards}"
+            )
     zeroshot = read_zeroshot(settings.data, settings.samples_per_task, settings.seed)
     samples = [question.sample for heldout in tasks.values() for question in heldout.questions]
     classified = [sample for task in zeroshot.values() for sample in task.samples]
@@ -216,7 +220,7 @@ class _Evaluator:
     def _towers(self, export: Export, processor: SampleEncoder) -> dict[str, Any]:
         model = load_dual_encoder(export.folder, compute_dtype()).to(device())
         retrieval = None
-        pairs = _encode_pairs(processor, self._asked.pairs, "pairs")
+        pairs = _encode_pairs(processor, self._asked.pairs, "heldout_pairs")
         if pairs:
             encoded = list(pairs.values())
             images, texts = embed_pairs(model, encoded, export.settings(), device())
@@ -238,13 +242,22 @@ class _Evaluator:
 
 
 def _encode_pairs(processor: SampleEncoder, samples: Sequence[Sample], name: str) -> dict[int, EncodedPair]:
-    """Pairs by the number of their sample; broken ones are left out."""
+    """Pairs by the number of their sample; broken ones are left out.
+
+    Args:
+        name: key below ``data`` in the recipe.
+
+    Raises:
+        SettingsError: all of them are broken.
+    """
     pairs = {}
     for number, sample in enumerate(samples):
         try:
             pairs[number] = processor.encode_pair(sample)
         except SampleError as error:
             leave_out(name, sample.ref, error)
+    if samples and not pairs:
+        raise SettingsError(f"data.{name}: none of its samples can be decoded; run keye-data check on its shards")
     return pairs
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from keye_train.model.attention import PACKED_ATTENTION, Segments
+from keye_train.model.attention import Segments
 from keye_train.model.configuration import KeyeConfig
 from keye_train.model.language import KeyeTextModel
 from keye_train.model.loss import LMHead
@@ -31,7 +31,6 @@ class CaptionDecoder(nn.Module):
         config = KeyeConfig(
             **asdict(settings), vocab_size=vocab_size, head_dim=settings.hidden_size // settings.num_attention_heads
         )
-        config._attn_implementation = PACKED_ATTENTION
         self.projector = Projector(vision_width, settings.hidden_size)
         self.decoder = KeyeTextModel(config)
         self.lm_head = LMHead(settings.hidden_size, vocab_size)

@@ -1,6 +1,6 @@
 """What transformers' ``generate`` needs to know about Keye: pixels once, and positions that carry a delta.
 
-Legend: B rows, L tokens of a row, M images (or videos) of all rows, N their patches.
+Legend: B rows, L tokens of a row, M images (or videos) of all rows.
 """
 
 from __future__ import annotations
@@ -165,5 +165,6 @@ def _after_cache(config: KeyeConfig, input_ids: Tensor, past: int, vision: dict[
         new = places[:, 1] >= past
         if bool(new.any()) and pixels in vision:
             left[pixels] = vision[pixels][new.repeat_interleave(patches).to(vision[pixels].device)]
-            left |= {name: torch.as_tensor(values)[new] for name, values in items.items()}
+            rows = {name: torch.as_tensor(values) for name, values in items.items()}
+            left |= {name: values[new.to(values.device)] for name, values in rows.items()}
     return left

@@ -1,6 +1,7 @@
 """The whole model: patches and tokens in, losses (training) or logits (inference) out.
 
-Legend: T packed tokens, K labelled tokens, P patches, B rows, L tokens of a row, V vocabulary, W model width.
+Legend: T packed tokens, K labelled tokens, P patches (N those of one kind of media), B rows, L tokens of a row, L'
+tokens with those in the cache, H heads, V vocabulary, W model width.
 
 Two ways through the same modules:
 
@@ -27,7 +28,7 @@ from keye_train.model.loss import LMHead
 from keye_train.model.packed import IGNORE_INDEX, PackedInputs, VisionInputs
 from keye_train.model.positions import rope_index
 from keye_train.model.projector import Projector
-from keye_train.model.vision import VisionTower, placeholder_image
+from keye_train.model.vision import VisionTower, normalize_levels, placeholder_image
 
 PatchesAndGrids = tuple[Tensor | None, Tensor | None]
 
@@ -214,8 +215,12 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
             raise ValueError("pixel values need input_ids and the grid_thw of their kind")
         if not given or input_ids is None:
             return embeds
+        for patches, grids, token in given:
+            if len(patches) != (cut := int(grids.prod(dim=1).sum())):
+                raise ValueError(f"{len(patches)} patches for pad tokens of id {token}, but their grid_thw has {cut}")
         vision = VisionInputs.build(
-            torch.cat([patches for patches, _, _ in given]), torch.cat([grids.cpu() for _, grids, _ in given])
+            torch.cat([normalize_levels(patches) for patches, _, _ in given]),  # one kind may be levels, the other not
+            torch.cat([grids.cpu() for _, grids, _ in given]),
         )
         features = self.vision_features(vision.to(embeds.device)).to(embeds.dtype)
         parts = features.split([len(patches) // 4 for patches, _, _ in given])

@@ -1,6 +1,7 @@
 """The language model: Qwen3 layers with three-axis rotary positions.
 
-Legend: B rows (1 for a pack), L tokens of a row, L' tokens with those in the cache, W model width, D head width.
+Legend: B rows (1 for a pack), L tokens of a row, L' tokens with those in the cache, H heads, W model width, D head
+width.
 """
 
 from __future__ import annotations

@@ -202,6 +202,14 @@ class TestRefusal:
         with pytest.raises(SettingsError, match=r"data\.heldout\.broken: none"):
             evaluate(EvaluationSettings(models=world[2], data=broken, out=str(tmp_path)), progress=False)
 
+    @pytest.mark.parametrize("members", [{"0.png": b"no image"}, {"json": b"{"}], ids=["picture", "record"])
+    def test_pairs_that_are_all_broken(self, world: Any, tmp_path: Path, members: dict[str, bytes]) -> None:
+        """Else the table would lack the retrieval that the recipe asks for, and nobody would know why."""
+        shard = write_shard(tmp_path / "x.tar", [question("", "red", b"no image") | members], world[0].tokenizer)
+        broken = replace(world[1], heldout_pairs=SourceSettings([str(shard)]))
+        with pytest.raises(SettingsError, match=r"data\.heldout_pairs: none"):
+            evaluate(EvaluationSettings(models=world[2], data=broken, out=str(tmp_path)), progress=False)
+
     def test_missing_model(self, world: Any, tmp_path: Path) -> None:
         settings = EvaluationSettings(models=[str(tmp_path / "nowhere")], data=world[1], out=str(tmp_path))
         with pytest.raises(FileNotFoundError, match="nowhere holds no export"):

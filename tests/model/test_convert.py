@@ -231,6 +231,9 @@ class TestCommand:
         assert rows["model.layers.*"][0] == "22"
         assert rows["mlp_AR.linear_1"][1] == f"{128 * 128 + 128:,}"
         assert rows["total"][0] == str(len(first))
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "export").symlink_to(tmp_path / "c")
+        assert self.run(capsys, "inspect", tmp_path / "run")[1] == out
         code, out, _ = self.run(capsys, "inspect", tmp_path / "b", "--tensors")
         assert re.search(r"model\.norm\.weight +\[16\] +BF16 +model-0000\d-of-0000\d\.safetensors", out)
 

@@ -200,6 +200,19 @@ class TestRefusals:
         with pytest.raises(ValueError, match="grid_thw"):
             model(**arguments)
 
+    def test_patches_that_do_not_fill_the_grids(self, model: KeyeForConditionalGeneration) -> None:
+        arguments = golden.call_arguments("image")
+        arguments["pixel_values"] = arguments["pixel_values"][4:]
+        with pytest.raises(ValueError, match="but their grid_thw has"):
+            model(**arguments)
+
+
+def test_levels_of_one_kind_beside_floats_of_the_other(model: KeyeForConditionalGeneration) -> None:
+    arguments = golden.call_arguments("image_and_video")
+    levels = ((arguments["pixel_values"] + 1) * 127.5).round().to(torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(model(**arguments | {"pixel_values": levels}).logits, model(**arguments).logits)
+
 
 def test_stage_1_trains_the_projector_of_the_8b_model() -> None:
     with torch.device("meta"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from itertools import combinations_with_replacement, product
+from itertools import combinations, combinations_with_replacement, product
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,17 @@ from keye_train.model import (
     module_parameters,
     siglip_loss,
 )
-from keye_train.settings import Objective, Precision, TextTowerSettings
+from keye_train.settings import CaptionDecoderSettings, Objective, Precision, TextTowerSettings
 
 START, IMAGE, VIDEO = 60, 61, 62
 TEXT = TextTowerSettings(64, 32, 48, 1, 2, max_tokens=6)
 KINDS = ("text", "image", "video", "empty", "mixed")
-LANGUAGE = (("projector",), ("vision",), ("language",), ("vision", "projector", "language"))
+PARTS = ("vision", "projector", "language")
+LANGUAGE = tuple(trainable for size in (1, 2, 3) for trainable in combinations(PARTS, size))
 CONTRASTIVE = (("vision",), ("text_tower",), ("vision", "text_tower"))
+CAPTIONS = ((3, ("caption_decoder",)), *((stage, (*CONTRASTIVE[-1], "caption_decoder")) for stage in (1, 2, 3)))
+DECODER = CaptionDecoderSettings(32, 48, 1, 2, 1, initializer_range=0.2)
+CAPTION_WEIGHT = 2.0
 # Global batches: micro-steps of what rank 0 and rank 1 hold. Every two kinds meet once, on changing sides.
 MEETINGS = [pair[:: 1 - 2 * (number % 2)] for number, pair in enumerate(combinations_with_replacement(KINDS, 2))]
 PACK_BATCHES = [MEETINGS[first::3] for first in range(3)]
@@ -46,7 +50,7 @@ PAIR_BATCHES = [list(product((0, 1, 3), repeat=2))]  # numbers of image-caption 
 class Case:
     """One engine."""
 
-    objective: str
+    objective: str  # language, contrastive, or captions: contrastive with a caption decoder
     zero_stage: int
     trainable: tuple[str, ...]
     checkpointing: bool = False
@@ -64,6 +68,7 @@ class Case:
 CASES = [
     *(Case("language", stage, trainable) for stage in (1, 2, 3) for trainable in LANGUAGE),
     *(Case("contrastive", stage, trainable) for stage in (1, 2, 3) for trainable in CONTRASTIVE),
+    *(Case("captions", stage, trainable) for stage, trainable in CAPTIONS),
     Case("language", 3, LANGUAGE[-1], checkpointing=True),
 ]
 
@@ -96,8 +101,9 @@ def config() -> KeyeConfig:
 def model_of(objective: str) -> KeyeForConditionalGeneration | DualEncoder:
     """The same weights each time, on every rank."""
     torch.manual_seed(0)
-    model = KeyeForConditionalGeneration(config()) if objective == "language" else DualEncoder(config(), TEXT)
-    return model.float().train()
+    if objective == "language":
+        return KeyeForConditionalGeneration(config()).float().train()
+    return DualEncoder(config(), TEXT, DECODER if objective == "captions" else None).float().train()
 
 
 def vision(grids: list[list[int]], generator: torch.Generator) -> VisionInputs:
@@ -133,16 +139,26 @@ def pack(kind: str) -> PackedInputs:
     return PackedInputs.build(row, torch.cat(labels), places.expand(3, -1), lengths, pixels, (IMAGE, VIDEO))
 
 
-def pairs(rank: int, count: int) -> ContrastiveInputs:
-    """Image-caption pairs of a rank."""
+def pairs(rank: int, count: int, read: bool) -> ContrastiveInputs:
+    """Image-caption pairs of a rank; ``read``: with captions for the decoder, of 2, 3, ... words."""
     generator = torch.Generator().manual_seed(10 * rank + count)
     pixels = vision([[1, 2, 2 + 2 * number] for number in range(count)], generator)
-    return ContrastiveInputs(pixels, torch.randint(64, (count, TEXT.max_tokens), generator=generator))
+    text_ids = torch.randint(64, (count, TEXT.max_tokens), generator=generator)
+    if not (read and count):
+        return ContrastiveInputs(pixels, text_ids)
+    words = [torch.randint(1, START, (2 + number,), generator=generator) for number in range(count)]
+    rows = [torch.cat([torch.full((1 + number,), IMAGE), said]) for number, said in enumerate(words)]
+    labels = [row.where(row != IMAGE, IGNORE_INDEX) for row in rows]
+    places = torch.cat([torch.arange(len(row)) for row in rows]).expand(3, -1)
+    lengths = [len(row) for row in rows]
+    captions = PackedInputs.build(torch.cat(rows), torch.cat(labels), places, lengths, pixels, (IMAGE, VIDEO))
+    return ContrastiveInputs(pixels, text_ids, captions)
 
 
 def inputs_of(objective: str, batch: list[tuple[Any, Any]], rank: int) -> list[Any]:
     """What a rank reads in one global batch."""
-    return [pack(held[rank]) if objective == "language" else pairs(rank, held[rank]) for held in batch]
+    read = objective == "captions"
+    return [pack(held[rank]) if objective == "language" else pairs(rank, held[rank], read) for held in batch]
 
 
 def items(inputs: PackedInputs | ContrastiveInputs) -> int:
@@ -164,6 +180,8 @@ def plain_gradients(objective: str) -> list[dict[str, Tensor]]:
                     continue
                 images, texts = (torch.cat([output[part] for output in outputs]) for part in (0, 1))
                 losses = siglip_loss(images, texts, outputs[0].logit_scale, outputs[0].logit_bias)
+                if objective == "captions":
+                    losses = losses + CAPTION_WEIGHT * torch.cat([output.caption_losses for output in outputs])
                 (losses.sum() / total).backward()
             else:
                 for one in both:
@@ -188,16 +206,20 @@ def main(out: Path) -> None:
     for case in CASES:
         recipe = settings(case.zero_stage, "fp32", False)
         recipe.deepspeed.param_persistence_threshold = 500  # matrices are partitioned, the many vectors stay whole
-        recipe.stage.objective = Objective(case.objective)
+        recipe.stage.objective = Objective.language if case.objective == "language" else Objective.contrastive
         recipe.stage.trainable = list(case.trainable)
         recipe.stage.optimizer.lr, recipe.stage.optimizer.module_lr.vision = 0.0, None
         model = model_of(case.objective)
         freeze(model, recipe.stage)
         if case.checkpointing:
             enable_activation_checkpointing(model)
-        wrap = LanguageObjective if isinstance(model, KeyeForConditionalGeneration) else ContrastiveObjective
+        objective = (
+            LanguageObjective(model, Precision.fp32)
+            if isinstance(model, KeyeForConditionalGeneration)
+            else ContrastiveObjective(model, Precision.fp32, CAPTION_WEIGHT if case.objective == "captions" else 0.0)
+        )
         groups = parameter_groups(module_parameters(model), recipe.stage)
-        engine = Engine(wrap(model, Precision.fp32), model, groups, recipe, world)  # type: ignore[arg-type]
+        engine = Engine(objective, model, groups, recipe, world)
         gradients: dict[str, Tensor] = {}
         for number, batch in enumerate(case.batches):
             mine = inputs_of(case.objective, batch, world.rank)
@@ -214,10 +236,10 @@ def main(out: Path) -> None:
         if world.is_main:
             save_file(gradients, out / f"{case.name}.safetensors")
     if world.is_main:
-        for objective in ("language", "contrastive"):
-            plain = plain_gradients(objective)
+        for kind in ("language", "contrastive", "captions"):
+            plain = plain_gradients(kind)
             named = {f"{number}/{name}": grad for number, grads in enumerate(plain) for name, grad in grads.items()}
-            save_file({name: grad.contiguous() for name, grad in named.items()}, out / f"plain-{objective}.safetensors")
+            save_file({name: grad.contiguous() for name, grad in named.items()}, out / f"plain-{kind}.safetensors")
 
 
 if __name__ == "__main__":
