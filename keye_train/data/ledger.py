@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 MARKED_PARTS, MARKED_ROWS = 64, 4096
 """Of a large source, so many parts of so many rows are searched at the start for samples that its index marks."""
 
+SOUND = (OVER_BUDGET, QUARANTINED, AT_THE_END)
+"""How the reasons begin that say nothing about whether a sample can be read."""
+
 MIN_SKIPPED = 10
 """The share of skipped samples says nothing before this many."""
 
@@ -173,7 +176,7 @@ class SkipLimit:
 
 def unreadable(data: StepData) -> int:
     """Samples that a step dropped because the index marks them as unreadable, and for no other reason."""
-    return sum(not reason.startswith((OVER_BUDGET, QUARANTINED, AT_THE_END)) for _, reason in data.dropped)
+    return sum(not reason.startswith(SOUND) for _, reason in data.dropped)
 
 
 def _parts(size: int) -> Iterator[np.ndarray]:

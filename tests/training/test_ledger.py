@@ -12,6 +12,7 @@ from corpus import ToyCorpus
 from data_tools.cli import main
 from keye_train import runs
 from keye_train.data.audit import audit_run
+from keye_train.data.plan import AT_THE_END
 from keye_train.data.reader import walk_shard
 from keye_train.settings import SettingsError
 from keye_train.training import trainer
@@ -131,3 +132,9 @@ def test_a_run_to_the_end_of_filtered_data_is_accounted_for(toy_corpus: ToyCorpu
     assert text.planned + text.filtered == text.size
     assert text.filtered > 0
     assert all(one.repeated == 0 for one in audit.sources)
+    rest = [line["reason"] for line in audit.skipped]
+    assert rest  # less than a global batch was left,
+    assert set(rest) <= {AT_THE_END, *(reason for reason in rest if "broken" in reason)}
+    bad = tmp_path / "bad.jsonl"
+    assert command(str(tmp_path / "run"), "--quarantine", str(bad)) == 0
+    assert AT_THE_END not in bad.read_text()  # which says nothing against those samples
