@@ -32,7 +32,7 @@ BLOCK_ROWS = 128
 """Rows that are measured and forgotten together: a block of ``data.shuffle_block_rows`` as it is set by default."""
 
 KEPT_ROWS = 1_500_000
-"""Rows of a source that stay in memory, at 17 bytes: a group of blocks of the usual size and half the next."""
+"""Rows of a source that stay in memory at least, at 17 bytes: a group of blocks of the usual size and half the next."""
 
 PART_ROWS = 131_072
 """Rows that are read and measured together."""
@@ -54,6 +54,7 @@ class Measuring:
     cache: Path | None = None  # folder
     rows_from: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # shard -> ``ShardHeader.rows_from``
     storage: StorageSettings | None = None
+    group_blocks: int = 0  # blocks that one window may look at, see ``data.shuffle_group_blocks``
 
     @cached_property
     def _described(self) -> str:
@@ -121,7 +122,7 @@ class BlockStore:
         for number in numbers:
             self._blocks.move_to_end(number)
             wanted[number] = self._blocks[number]
-        while len(self._blocks) > max(KEPT_ROWS // BLOCK_ROWS, 1):
+        while len(self._blocks) > max(KEPT_ROWS // BLOCK_ROWS, 3 * self._measuring.group_blocks // 2, 1):
             self._blocks.popitem(last=False)
         return wanted
 

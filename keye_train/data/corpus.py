@@ -150,6 +150,7 @@ class Corpus:
         pair_tokens: int | None = None,
         storage: StorageSettings | None = None,
         cache: str | Path | None = None,
+        group_blocks: int = 0,
     ) -> Corpus:
         """Open the index of every shard.
 
@@ -161,6 +162,7 @@ class Corpus:
                 samples that are not one image with a text count as unreadable.
             storage: ``data.storage``.
             cache: folder that keeps headers and measured sizes; see ``data.plan_cache``.
+            group_blocks: blocks that windows come from, see ``columns``.
 
         Raises:
             ValueError: a shard is missing, its index is missing, stale or foreign, or a filter cannot be read.
@@ -172,7 +174,7 @@ class Corpus:
             own = Filter(settings.filter, f"data.sources.{name}.filter") if settings.filter else None
             headers = kept_headers(find_shards(settings.shards, storage), tokenizer, fingerprint, storage, folder)
             rows_from = {header.shard: header.rows_from for header in headers}
-            measuring = Measuring(resolution, pair_tokens, own, folder, rows_from, storage)
+            measuring = Measuring(resolution, pair_tokens, own, folder, rows_from, storage, group_blocks)
             opened[name] = ShardSource(name, headers, measuring, settings.max_epochs)
         return cls(opened, resolution)
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from keye_train.data.columns import BLOCK_ROWS
 from keye_train.data.corpus import SCAN_ROWS, Corpus, Source
 from keye_train.data.cost import PackCost
 from keye_train.data.draw import Draw, DrawRules
@@ -126,6 +127,7 @@ class Plan:
             settings.model.text_tower.max_tokens if stage.objective == Objective.contrastive else None,
             data.storage,
             data.plan_cache,
+            data.shuffle_group_blocks * -(-data.shuffle_block_rows // BLOCK_ROWS),
         )
         exclude(corpus, data.quarantine)
         return cls(

@@ -164,8 +164,8 @@ class DataSettings:
     shuffle_block_rows: int = 128
     """Neighbouring rows that stay together in sources larger than a group; see ``keye_train.data.blocks``."""
     shuffle_group_blocks: int = 8192
-    """Blocks, from all parts of a source, whose rows are shuffled together. More mix better and make a window read from
-    more shards. Windows are about as alike as those of a full shuffle where this is a quarter of the samples that a
+    """Blocks, from all parts of a source, whose rows are shuffled together. More mix better, make a window read from
+    more shards, and take memory: 26 bytes for each row of a group. Windows are about as alike as those of a full shuffle where this is a quarter of the samples that a
     window draws from a source, or as many as its shards. Sources of at most shuffle_block_rows * shuffle_group_blocks
     rows are shuffled row by row."""
     plan_cache: str | None = None
