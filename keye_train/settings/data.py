@@ -165,9 +165,9 @@ class DataSettings:
     """Neighbouring rows that stay together in sources larger than a group; see ``keye_train.data.blocks``."""
     shuffle_group_blocks: int = 8192
     """Blocks, from all parts of a source, whose rows are shuffled together. More mix better, make a window read from
-    more shards, and take memory: 26 bytes for each row of a group. Windows are about as alike as those of a full shuffle where this is a quarter of the samples that a
-    window draws from a source, or as many as its shards. Sources of at most shuffle_block_rows * shuffle_group_blocks
-    rows are shuffled row by row."""
+    more shards, and take memory: 26 bytes for each row of a group. Windows are about as alike as those of a full
+    shuffle where this is a quarter of the samples that a window draws from a source, or as many as its shards. Sources
+    of at most shuffle_block_rows * shuffle_group_blocks rows are shuffled row by row."""
     plan_cache: str | None = None
     """Folder, best on a disk of the machine, that keeps the headers of shards and measured sizes (17 bytes a sample of
     the shards looked at) for all processes and later starts. null: each process measures for itself. May be deleted at
