@@ -39,12 +39,12 @@ from benchmarks.results import Result
 from data_tools.demo.tokenizer import conversation_texts, train_tokenizer
 from data_tools.shards import sample_key, write_shard
 from keye_train.compose import load_settings
+from keye_train.data.cost import training_cost
 from keye_train.data.formats import parse_sample
 from keye_train.data.index import build_index, tokenizer_fingerprint
 from keye_train.data.loader import Loader
-from keye_train.data.plan import Plan, flop_cost
+from keye_train.data.plan import Plan
 from keye_train.data.reader import walk_shard
-from keye_train.model import keye_config
 from keye_train.model.images import decode_image
 from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.sample import SampleRef
@@ -127,7 +127,7 @@ def encoding_loop(shards: list[str], settings: TrainSettings) -> Iterator[int]:
 def loader(settings: TrainSettings, workers: int) -> Iterator[Iterator[int]]:
     """The loader; yields the samples of each step."""
     settings.data.workers = workers
-    plan = Plan.from_settings(settings, flop_cost(keye_config(settings.model)))
+    plan = Plan.from_settings(settings, training_cost(settings))
     encoder = SampleEncoder.from_settings(settings.model, settings.data.resolution)
     with Loader(plan, encoder, 0, 1, settings) as steps:
         yield (sum(len(pack.refs) for pack in step.packs) for step in steps)

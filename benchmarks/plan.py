@@ -1,79 +1,163 @@
-"""Planning on a made-up index with Keye-like sizes: time, fill, balance. Metadata only, no model, no media.
+"""The plan of a stage on a made-up index with Keye-like sizes: balance, mix, fill, time. No model, no media.
 
     python -m benchmarks.plan
 
-Balance is the mean cost of the packs of a micro-step over the most expensive one, 64 ranks and 4 micro-steps; beside it
-the same packs in random order.
+Two mixes of 1,000,000 samples: "web" (45 % captions, 20 % OCR, 15 % VQA, 12 % text, 8 % video: mean 1,670 tokens, 1 %
+above 12,000) and "video" (28 % video). A video is one segment of attention. Cost: forward and backward of the published
+model, everything trained. Samples longer than a pack are left out ("too long"). Figures are those of the real plan:
+
+- balance: mean cost of the packs of a micro-step over that of its slowest, mean over micro-steps; "random" has the same
+  packs in random order. Where a rank has one micro-batch, data.balance_packs is the number of ranks; else the default.
+- mix: how far the share of a source in a global batch strays from its mean, over how far it strays where the same packs
+  come in random order (quadratic means over batches); the source for which this is worst.
+- fill of the token budget; where patches run out first, packs cannot be full of tokens.
+- time: processor time of planning, divided by the samples planned. Memory: peak of the process above its resting one.
+
+A window is 65,536 samples, or as many as eight global batches take.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
-from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
 from benchmarks.results import Result
 from keye_train.data.corpus import Corpus, Sizes, Source
+from keye_train.data.cost import language_cost
 from keye_train.data.index import ShardHeader
 from keye_train.data.packing import Budget
-from keye_train.data.plan import Plan, assign, flop_cost
+from keye_train.data.plan import GlobalBatch, Plan, assign
 from keye_train.model.configuration import KeyeConfig
+from keye_train.model.flops import FlopCoefficients
 from keye_train.settings import ResolutionSettings
 
-SHARES = {"caption": 0.45, "ocr": 0.2, "vqa": 0.15, "text": 0.12, "video": 0.08}
+MIXES = {
+    "web": {"caption": 0.45, "ocr": 0.2, "vqa": 0.15, "text": 0.12, "video": 0.08},
+    "video": {"caption": 0.35, "ocr": 0.15, "vqa": 0.12, "text": 0.1, "video": 0.28},
+}
 TEXT_LOG_MEAN = {"caption": 4.5, "ocr": 5.5, "vqa": 5.0, "text": 6.3, "video": 5.0}
-VISION_LOG_MEAN = {"caption": 6.2, "ocr": 6.9, "vqa": 6.3, "text": None, "video": 8.4}
-SAMPLES, RANKS, MICRO_STEPS, WINDOW, BATCHES = 300_000, 64, 4, 65_536, 12
+VISION_LOG = {"caption": (6.43, 0.7), "ocr": (7.13, 0.7), "vqa": (6.53, 0.7), "video": (8.8, 0.5)}  # mean, spread
+MOST_VISION = {"caption": 6_000, "ocr": 6_000, "vqa": 6_000, "video": 16_000}
+SAMPLES, WINDOW, LEAST_BATCHES, MEASURED = 1_000_000, 65_536, 8, 40
+RANKS, MICRO_BATCHES, TOKENS = (64, 1024), (4, 1), (8_192, 32_768)
 
 
-def corpus(seed: int = 0) -> Corpus:
-    """Sources of log-normal sizes; a video is one attention segment."""
+def corpus(shares: dict[str, float], seed: int = 0) -> Corpus:
+    """Sources of log-normal sizes."""
     rng = np.random.default_rng(seed)
     sources = {}
-    for name, share in SHARES.items():
+    for name, share in shares.items():
         rows = int(SAMPLES * share)
         text = np.exp(rng.normal(TEXT_LOG_MEAN[name], 0.7, rows)).astype(np.int64) + 20
-        log_mean = VISION_LOG_MEAN[name]
-        vision = np.zeros(rows, dtype=np.int64) if log_mean is None else np.exp(rng.normal(log_mean, 0.8, rows))
-        vision = np.minimum(vision, 12_000).astype(np.int64)
+        vision = np.zeros(rows, dtype=np.int64)
+        if name in VISION_LOG:
+            vision = np.exp(rng.normal(*VISION_LOG[name], rows)).clip(max=MOST_VISION[name]).astype(np.int64)
         tokens, patches = text + vision, 4 * vision
         sizes = Sizes(tokens, tokens**2, patches, patches**2)
         sources[name] = Source(name, (ShardHeader(name, rows, 1, "", ""),), np.array([0, rows]), sizes, {})
     return Corpus(sources, ResolutionSettings())
 
 
-def main() -> None:
-    """Print and store the table."""
-    result = Result("plan", __doc__ or "")
-    data = corpus()
-    rng = np.random.default_rng(0)
-    for tokens in (8_192, 32_768):
-        packs = RANKS * MICRO_STEPS
-        plan = Plan(data, SHARES, Budget(tokens, 4 * tokens), packs, WINDOW, 0, flop_cost(KeyeConfig()))
-        batches = plan.batches()
+def measure(mix: str, ranks: int, micro_batches: int, tokens: int) -> dict[str, object]:
+    """Plan some windows in this process."""
+    shares, data = MIXES[mix], corpus(MIXES[mix])
+    packs = ranks * micro_batches
+    lengths = np.concatenate([source.sizes.tokens for source in data.sources.values()])
+    fit = lengths[lengths <= tokens]
+    samples = int(packs * tokens / fit.mean())  # of a global batch
+    window = max(WINDOW, LEAST_BATCHES * samples)
+    cost = language_cost(FlopCoefficients.of(KeyeConfig()).for_training())
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    resting = _resident_mb("VmRSS")
+    like = ranks if micro_batches == 1 else None
+    plan = Plan(data, shares, Budget(tokens, 4 * tokens), packs, window, 0, cost, balance_packs=like)
+    seconds, planned, figures = 0.0, 0, _Figures(len(shares), ranks, tokens)
+    batches = plan.batches()
+    while True:
         began = time.process_time()
-        first = next(batches)
-        seconds = time.process_time() - began
-        fill, balance, unordered = [], [], []
-        for batch, _ in [first, *islice(batches, BATCHES)]:
-            fill += [pack.tokens / tokens for pack in batch.packs]
-            for micro_step in assign(batch, RANKS):
-                costs = [pack.cost for pack in micro_step]
-                balance.append(np.mean(costs) / max(costs))
-            shuffled = rng.permutation([pack.cost for pack in batch.packs]).reshape(MICRO_STEPS, RANKS)
-            unordered += (shuffled.mean(axis=1) / shuffled.max(axis=1)).tolist()
-        result.add(
-            {
-                "pack tokens": tokens,
-                "planning, us a sample": round(seconds / WINDOW * 1e6, 1),
-                "fill": round(float(np.mean(fill)), 4),
-                "balance": round(float(np.mean(balance)), 3),
-                "balance in random order": round(float(np.mean(unordered)), 3),
-            }
-        )
+        batch, after = next(batches)
+        seconds += time.process_time() - began
+        planned += sum(len(pack.samples) for pack in batch.packs)
+        figures.add(batch)
+        if after.batch == 0 and batch.step + 1 >= min(MEASURED, 2 * LEAST_BATCHES if ranks > 64 else MEASURED):
+            break
+    return {
+        "mix": mix,
+        "ranks": ranks,
+        "micro-batches": micro_batches,
+        "pack tokens": tokens,
+        "batches": batch.step + 1,
+        "too long, %": round(100 * (1 - len(fit) / len(lengths)), 1),
+        **figures.summary(),
+        "planning, us a sample": round(seconds / planned * 1e6, 1),
+        "memory, MB": round(_resident_mb("VmHWM") - resting),
+    }
+
+
+class _Figures:
+    def __init__(self, sources: int, ranks: int, tokens: int) -> None:
+        self._sources, self._ranks, self._tokens = sources, ranks, tokens
+        self._balance: list[float] = []
+        self._fill: list[float] = []
+        self._costs: list[list[float]] = []
+        self._counts: list[np.ndarray] = []  # of each batch: [packs, sources] samples
+
+    def add(self, batch: GlobalBatch) -> None:
+        for micro_step in assign(batch, self._ranks):
+            costs = [pack.cost for pack in micro_step]
+            self._balance.append(float(np.mean(costs) / max(costs)))
+        self._fill += [pack.tokens / self._tokens for pack in batch.packs]
+        self._costs.append([pack.cost for pack in batch.packs])
+        of_pack = [np.bincount([one.source for one in pack.samples], minlength=self._sources) for pack in batch.packs]
+        self._counts.append(np.stack(of_pack))
+
+    def summary(self) -> dict[str, object]:
+        rng = np.random.default_rng(0)
+        costs, counts = np.array(self._costs), np.stack(self._counts)
+        plain = rng.permutation(costs.ravel()).reshape(-1, self._ranks)
+        own, chance = _strays(counts.sum(axis=1)), []
+        for _ in range(20):
+            order = rng.permutation(counts.shape[0] * counts.shape[1])
+            chance.append(_strays(counts.reshape(-1, self._sources)[order].reshape(counts.shape).sum(axis=1)))
+        ratio = np.sqrt(own / np.mean(chance, axis=0))
+        return {
+            "balance": round(float(np.mean(self._balance)), 4),
+            "random": round(float((plain.mean(axis=1) / plain.max(axis=1)).mean()), 3),
+            "mix, x random": round(float(ratio.max()), 2),
+            "fill, %": round(100 * float(np.mean(self._fill)), 3),
+        }
+
+
+def _strays(counts: np.ndarray) -> np.ndarray:
+    """Mean square over batches of the share of each source less its mean: [sources]."""
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    return ((shares - counts.sum(axis=0) / counts.sum()) ** 2).mean(axis=0)
+
+
+def _resident_mb(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
+
+
+def main() -> None:
+    """Print and store the table; a process for each row, so that memory is that of one."""
+    result = Result("plan", __doc__ or "")
+    cases = [("web", ranks, micro, tokens) for ranks in RANKS for micro in MICRO_BATCHES for tokens in TOKENS]
+    cases += [("video", 64, micro, tokens) for micro in MICRO_BATCHES for tokens in TOKENS]
+    for case in cases:
+        command = [sys.executable, "-m", "benchmarks.plan", json.dumps(case)]
+        found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        result.add(json.loads(found))
     result.write()
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(*json.loads(sys.argv[1]))))
+    else:
+        main()

@@ -13,8 +13,7 @@ from data_tools.shards import write_shard
 from keye_train import runs
 from keye_train.data.audit import Audit, audit_run
 from keye_train.data.index import read_metadata
-from keye_train.data.plan import OVER_BUDGET
-from keye_train.data.quarantine import QUARANTINED
+from keye_train.data.ledger import SOUND
 from keye_train.data.reader import ShardReader
 from keye_train.sample import SampleError
 from keye_train.settings import StorageSettings
@@ -72,11 +71,16 @@ def run(arguments: argparse.Namespace) -> int:
 def text_table(audit: Audit) -> str:
     """The audit for a terminal."""
     lines = [f"{audit.run}: {audit.steps} steps"]
-    lines.append(f"{'source':<20}{'samples':>12}{'planned':>12}{'trained':>12}{'skipped':>10}{'refused':>10}  epochs")
+    lines.append(
+        f"{'source':<20}{'samples':>12}{'filtered':>10}{'planned':>12}{'trained':>12}{'skipped':>10}{'refused':>10}"
+        "  epochs"
+    )
     for one in audit.sources:
         epochs = " ".join(f"{share:.1%}" for share in one.coverage[:6])
         skipped = sum(one.skipped.values())
-        numbers = f"{one.size:>12,}{one.planned:>12,}{one.trained:>12,}{skipped:>10,}{one.refused:>10,}"
+        numbers = (
+            f"{one.size:>12,}{one.filtered:>10,}{one.planned:>12,}{one.trained:>12,}{skipped:>10,}{one.refused:>10,}"
+        )
         lines.append(f"{one.name:<20}{numbers}  {epochs}")
     reasons = [(count, one.name, reason) for one in audit.sources for reason, count in one.skipped.items()]
     if reasons:
@@ -92,7 +96,7 @@ def quarantined(audit: Audit) -> list[dict[str, Any]]:
     checksums: dict[str, str] = {}
     entries = {}
     for line in audit.skipped:
-        if line["reason"].startswith((OVER_BUDGET, QUARANTINED)):
+        if line["reason"].startswith(SOUND):
             continue
         shard = line["shard"]
         checksums[shard] = checksums.get(shard) or read_metadata(shard, audit.storage)["shard_sha256"]

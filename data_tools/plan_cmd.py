@@ -14,8 +14,8 @@ from tqdm import tqdm
 from data_tools.page import printable
 from data_tools.recipe import add_recipe_words, read_recipe
 from data_tools.simulation import Simulation, simulate
-from keye_train.data.plan import Plan, flop_cost
-from keye_train.model import keye_config
+from keye_train.data.cost import training_cost
+from keye_train.data.plan import Plan
 from keye_train.report.charts import short
 from keye_train.report.collect import clock
 from keye_train.settings import SettingsError
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Simulate and tell; the exit status."""
     settings, options = read_recipe(arguments.words, PlanOptions, arguments.recipes)
     settings.gradient_accumulation(options.world_size)  # before the indexes are read
-    plan = Plan.from_settings(settings, flop_cost(keye_config(settings.model), settings.stage.objective))
+    plan = Plan.from_settings(settings, training_cost(settings))
     held = sum(len(plan.source(number)) for number in range(len(plan.sources)))
     steps = options.steps
     samples = options.samples
@@ -134,6 +134,7 @@ def describe(result: Simulation, options: PlanOptions) -> dict[str, Any]:
             "weight": source.weight,
             "samples": source.samples,
             "dropped": source.dropped,
+            "filtered": source.filtered,
             "share_samples": source.drawn / totals["drawn"],
             "share_tokens": source.tokens / totals["tokens"],
             "share_patches": source.patches / totals["patches"],
@@ -142,8 +143,8 @@ def describe(result: Simulation, options: PlanOptions) -> dict[str, Any]:
             "patches": source.patches,
             "mean_tokens": source.tokens / max(1, source.samples),
             "p99_tokens": 2 ** source.token_lengths.percentile(99) if source.samples else 0.0,
-            "steps_per_epoch": source.rows * result.steps / source.drawn if source.drawn else None,
-            "epochs_in_recipe": source.drawn / result.steps * result.recipe_steps / source.rows,
+            "steps_per_epoch": source.rows * result.steps / source.passed if source.passed else None,
+            "epochs_in_recipe": source.passed / result.steps * result.recipe_steps / source.rows,
         }
         for source in result.sources
     ]
@@ -169,6 +170,8 @@ def describe(result: Simulation, options: PlanOptions) -> dict[str, Any]:
             | {"mean": result.samples / max(1, result.packs)},
         },
         "mix_deviation": result.mix_deviation,
+        "mixture_unit": result.unit,
+        "curriculum": result.curriculum,
         "sources": sources,
         "left_out": [
             {"source": name, "reason": reason, "samples": count}
@@ -217,8 +220,10 @@ def render(described: dict[str, Any]) -> str:
     lines += [
         f"{'shares of a batch against random':36}{d['mix_deviation']:>9.2f}  (1: as n samples drawn at random)",
         "",
+        f"weights are shares of {d['mixture_unit']}{' at the start' if d['curriculum'] else ''}; "
+        "filtered: passed over, not counted as left out",
         f"{'source':20}{'weight':>8}{'samples':>9}{'tokens':>8}{'patches':>8}{'FLOPs':>8}"
-        f"{'mean':>8}{'p99':>8}{'left out':>9}{'steps/epoch':>13}{'epochs':>8}",
+        f"{'mean':>8}{'p99':>8}{'filtered':>10}{'left out':>9}{'steps/epoch':>13}{'epochs':>8}",
     ]
     lines += [_source_line(source) for source in d["sources"]]
     lines += ["", "left out" if d["left_out"] else "no sample is left out"]
@@ -246,7 +251,7 @@ def _source_line(source: dict[str, Any]) -> str:
     return (
         f"{source['name'][:19]:20}{source['weight']:8.1%}"
         + "".join(f"{share:{width}.1%}" for share, width in zip(shares, (9, 8, 8, 8), strict=True))
-        + f"{source['mean_tokens']:8.0f}{source['p99_tokens']:8.0f}{source['dropped']:9,}"
+        + f"{source['mean_tokens']:8.0f}{source['p99_tokens']:8.0f}{source['filtered']:10,}{source['dropped']:9,}"
         + f"{'–' if per_epoch is None else f'{per_epoch:,.0f}':>13}{source['epochs_in_recipe']:8.2f}"
     )
 

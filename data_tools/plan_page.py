@@ -82,7 +82,18 @@ def _tile(label: str, value: str, note: str = "") -> dict[str, str]:
 
 
 def _sources(described: dict[str, Any]) -> Table:
-    heads = ["source", "weight", "samples", "tokens", "patches", "FLOPs", "mean tokens", "p99 tokens", "left out"]
+    heads = [
+        "source",
+        f"weight ({described['mixture_unit']}{', at the start' if described['curriculum'] else ''})",
+        "samples",
+        "tokens",
+        "patches",
+        "FLOPs",
+        "mean tokens",
+        "p99 tokens",
+        "filtered",
+        "left out",
+    ]
     rows = []
     for source in described["sources"]:
         shares = [source[f"share_{name}"] for name in ("samples", "tokens", "patches", "flops")]
@@ -92,6 +103,7 @@ def _sources(described: dict[str, Any]) -> Table:
             *(Cell(f"{100 * share:.1f} %", heat=round(share, 3)) for share in shares),
             Cell(f"{source['mean_tokens']:,.0f}"),
             Cell(f"{source['p99_tokens']:,.0f}"),
+            Cell(f"{source['filtered']:,}"),
             Cell(f"{source['dropped']:,}"),
             EMPTY if per_epoch is None else Cell(f"{per_epoch:,.0f}", f"{source['rows']:,} samples"),
             Cell(f"{source['epochs_in_recipe']:.2f}"),

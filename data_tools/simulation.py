@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from keye_train.data.corpus import Sizes
-from keye_train.data.plan import OVER_BUDGET, CostFunction, Dropped, GlobalBatch, Pack, Plan, PlanState, assign
+from keye_train.data.plan import OVER_BUDGET, Dropped, GlobalBatch, Pack, Plan, PlanState, assign
 from keye_train.model import keye_config
 from keye_train.model.flops import TOWERS, FlopCoefficients
-from keye_train.settings import Objective, TrainSettings
+from keye_train.settings import MixtureUnit, Objective, TrainSettings
 
 log = logging.getLogger(__name__)
 
@@ -90,11 +90,12 @@ class SourceTally:
     rows: int  # samples that it holds
     weight: float  # share that the recipe asks for
     sample_bytes: float  # mean size of a sample in its shards
+    filtered: int = 0  # passed over by the filter of the source
     samples: int = 0  # planned for training
     dropped: int = 0
     tokens: int = 0
     patches: int = 0
-    flops: float = 0.0  # forward, as the plan counts cost
+    flops: float = 0.0  # forward and backward, as the plan counts cost
     token_lengths: Distribution = field(default_factory=lambda: _octaves())
     patch_lengths: Distribution = field(default_factory=lambda: _octaves())
     shares: list[float] = field(default_factory=list)  # of the samples of each step
@@ -104,6 +105,11 @@ class SourceTally:
     def drawn(self) -> int:
         """Samples drawn, used or not."""
         return self.samples + self.dropped
+
+    @property
+    def passed(self) -> int:
+        """Rows that the draw has come by: drawn, or kept out by the filter."""
+        return self.drawn + self.filtered
 
 
 @dataclass
@@ -115,6 +121,8 @@ class Simulation:
     max_tokens: int
     max_patches: int
     recipe_steps: int  # stage.steps
+    unit: str  # what the weights are shares of, see ``settings.MixtureUnit``
+    curriculum: bool  # the weights change in the course of the stage
     steps: int = 0
     packs: int = 0
     micro_steps: int = 0
@@ -126,8 +134,7 @@ class Simulation:
     step_flops: list[float] = field(default_factory=list)  # forward and backward, that the slowest ranks wait for
     busy_flops: float = 0.0  # forward and backward, of all packs
     shard_bytes: float = 0.0  # read from the shards
-    mix_squares: float = 0.0  # sum over steps and sources of squared, normalised deviations
-    mix_terms: int = 0
+    step_samples: list[int] = field(default_factory=list)  # of each step
     reasons: Counter[tuple[str, str]] = field(default_factory=Counter)  # (source, reason) -> samples
     plan_s: float = 0.0  # time of planning alone
     planned_samples: int = 0  # in the windows that were planned
@@ -156,9 +163,17 @@ class Simulation:
     def mix_deviation(self) -> float:
         """Root mean square of (share of a source in a global batch - its weight), in units of sqrt(w (1 - w) / n).
 
-        1.0 is what n samples drawn at random would show; below 1, batches are mixed more evenly than that.
+        1.0 is what n samples drawn at random would show; below 1, batches are mixed more evenly than that. Where
+        weights are not of samples, or change, the share over all steps stands in for the weight.
         """
-        return float((self.mix_squares / self.mix_terms) ** 0.5) if self.mix_terms else 0.0
+        terms = []
+        for source in self.sources:
+            by_weight = self.unit == MixtureUnit.samples.value and not self.curriculum
+            share = source.weight if by_weight else source.samples / max(1, self.samples)
+            if 0 < share < 1:
+                above = (np.array(source.shares) - share) ** 2 * np.array(self.step_samples)
+                terms.append(above.mean() / (share * (1 - share)))
+        return float(np.mean(terms) ** 0.5) if terms else 0.0
 
     def step_seconds(self, flops_per_s: float) -> float:
         """Mean time of a step where each rank does ``flops_per_s`` and waits for the slowest in each micro-step."""
@@ -170,27 +185,16 @@ def _octaves() -> Distribution:
     return Distribution(0, 24, 24 * BINS_AN_OCTAVE)
 
 
-def training_cost(settings: TrainSettings) -> CostFunction:
-    """FLOPs of forward and backward. All text counts as labelled, so it is an upper bound (see ``model.flops``).
+def step_cost(plan: Plan, settings: TrainSettings) -> Callable[[Sizes], np.ndarray]:
+    """FLOPs of forward and backward: those that the plan compares packs by, and the output matrix.
 
-    With the contrastive objective the vision tower alone counts, as in ``plan.flop_cost``.
+    All text counts as labelled, so it is an upper bound (see ``model.flops``).
     """
+    if settings.stage.objective == Objective.contrastive:
+        return plan.cost
     trainable = [name for name in settings.stage.trainable if name in TOWERS]
-    flops = FlopCoefficients.of(keye_config(settings.model)).for_training(trainable)
-
-    def cost(sizes: Sizes) -> np.ndarray:
-        if settings.stage.objective == Objective.contrastive:
-            return (flops.pixel_patch + flops.tower_patch) * sizes.patches + flops.vision_pair * sizes.patches_squared
-        pairs = (sizes.tokens_squared + sizes.tokens) / 2
-        return (
-            flops.language_token * sizes.tokens
-            + flops.language_pair * pairs
-            + flops.labelled_token * (sizes.tokens - sizes.patches / 4)
-            + flops.vision_patch * sizes.patches
-            + flops.vision_pair * sizes.patches_squared
-        )
-
-    return cost
+    labelled = FlopCoefficients.of(keye_config(settings.model)).for_training(trainable).labelled_token
+    return lambda sizes: plan.cost(sizes) + labelled * (sizes.tokens - sizes.patches / 4)
 
 
 def reason_kind(reason: str) -> str:
@@ -221,16 +225,24 @@ def simulate(
         SettingsError: the packs of a global batch do not divide over the ranks.
     """
     settings.gradient_accumulation(world_size)
-    weights = settings.data.mixtures[settings.stage.mixture]
-    total_weight = sum(weights[name] for name in plan.sources)
+    weights = {name: settings.data.mixtures[settings.stage.mixture].get(name, 0.0) for name in plan.sources}
+    total_weight = sum(weights.values())
     tallies = []
     for number, name in enumerate(plan.sources):
         source = plan.source(number)
         shard_bytes = sum(header.shard_bytes for header in source.headers)
         tallies.append(SourceTally(name, len(source), weights[name] / total_weight, shard_bytes / max(1, len(source))))
     stage = settings.stage
-    result = Simulation(world_size, tallies, stage.max_tokens, stage.max_patches, stage.steps)
-    counting = _Counting(plan, training_cost(settings), result)
+    result = Simulation(
+        world_size,
+        tallies,
+        stage.max_tokens,
+        stage.max_patches,
+        stage.steps,
+        settings.data.mixture_unit.value,
+        stage.mixture in settings.data.curricula,
+    )
+    counting = _Counting(plan, step_cost(plan, settings), result)
     try:
         for batch, state in _timed(plan, result):
             counting.add(batch)
@@ -260,7 +272,7 @@ def _timed(plan: Plan, result: Simulation) -> Iterator[tuple[GlobalBatch, PlanSt
 class _Counting:
     """Adds global batches to a simulation."""
 
-    def __init__(self, plan: Plan, cost: CostFunction, result: Simulation) -> None:
+    def __init__(self, plan: Plan, cost: Callable[[Sizes], np.ndarray], result: Simulation) -> None:
         self._plan, self._cost, self._result = plan, cost, result
 
     def add(self, batch: GlobalBatch) -> None:
@@ -286,6 +298,9 @@ class _Counting:
         training = np.bincount(packs, self._cost(sizes), minlength=len(batch.packs))
         self._count_ranks(batch, training)
         result.busy_flops += float(training.sum())
+        result.step_samples.append(len(sources))
+        for tally, filtered in zip(result.sources, batch.filtered, strict=True):
+            tally.filtered += filtered
         result.steps += 1
         result.packs += len(batch.packs)
 
@@ -293,7 +308,7 @@ class _Counting:
         """Sizes of samples in their order."""
         order = np.argsort(sources, kind="stable")
         parts = [
-            self._plan.source(number).sizes.take(rows[sources == number]) for number in range(len(self._result.sources))
+            self._plan.source(number).look(rows[sources == number]).sizes for number in range(len(self._result.sources))
         ]
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
@@ -321,10 +336,6 @@ class _Counting:
             share = count / max(1, len(sources))
             tally.shares.append(share)
             tally.token_shares.append(float(own_tokens.sum()) / max(1, int(tokens.sum())))
-            if 0 < tally.weight < 1 and len(sources):
-                variance = tally.weight * (1 - tally.weight) / len(sources)
-                result.mix_squares += (share - tally.weight) ** 2 / variance
-                result.mix_terms += 1
             result.shard_bytes += count * tally.sample_bytes
         for sample in dropped:
             tally = result.sources[sample.source]

@@ -14,10 +14,10 @@ from data_tools.pack_view import PackView, pack_view
 from data_tools.page import write_html
 from data_tools.recipe import add_recipe_words, read_recipe
 from data_tools.samples import Album, Card
+from keye_train.data.cost import training_cost
 from keye_train.data.index import read_columns
 from keye_train.data.loader import PackReader, ReadTask, read_tasks
-from keye_train.data.plan import Plan, flop_cost
-from keye_train.model import keye_config
+from keye_train.data.plan import Plan
 from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.settings import SettingsError, TrainSettings
 
@@ -93,7 +93,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page; the exit status."""
     settings, options = read_recipe(arguments.words, ViewOptions, arguments.recipes)
-    plan = Plan.from_settings(settings, flop_cost(keye_config(settings.model), settings.stage.objective))
+    plan = Plan.from_settings(settings, training_cost(settings))
     encoder = SampleEncoder.from_settings(settings.model, settings.data.resolution, settings.data.video_backend)
     if options.keys:
         chosen = find_keys(plan, options.keys)

@@ -18,11 +18,11 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from keye_train import compose, runs
+from keye_train.data.cost import training_cost
 from keye_train.data.digest import digest_samples
 from keye_train.data.index import read_columns
 from keye_train.data.ledger import read_ledger
-from keye_train.data.plan import GlobalBatch, Plan, flop_cost
-from keye_train.model.configuration import keye_config
+from keye_train.data.plan import GlobalBatch, Plan
 from keye_train.settings import StorageSettings, TrainSettings
 
 Row = tuple[int, int]
@@ -35,8 +35,9 @@ class SourceAccount:
 
     name: str
     size: int  # samples
-    drawn: int  # up to the end of the last window that the run began
+    drawn: int  # places of its order passed, up to the end of the last window that the run began
     times: np.ndarray  # [size] uint16: how often each row was planned
+    filtered: int = 0  # of those places, kept out by its filter, up to the last step
     trained: int = 0
     refused: int = 0  # read, but the update of the step was refused as not finite
     skipped: Counter[str] = field(default_factory=Counter)  # kind of reason -> samples
@@ -48,7 +49,10 @@ class SourceAccount:
 
     @property
     def coverage(self) -> list[float]:
-        """Share of the rows planned at least once, twice, ...: one number for each epoch begun."""
+        """Share of the rows planned at least once, twice, ...: one number for each epoch begun.
+
+        Of all rows, so a filter keeps it below 1.
+        """
         return [float((self.times > epoch).mean()) for epoch in range(int(self.times.max(initial=0)))]
 
     @property
@@ -77,6 +81,7 @@ class Audit:
             "sources": {
                 one.name: {
                     "size": one.size,
+                    "filtered": one.filtered,
                     "planned": one.planned,
                     "trained": one.trained,
                     "refused": one.refused,
@@ -101,7 +106,7 @@ def audit_run(run_dir: str | Path) -> Audit:
             f"{folder} has no {runs.RECIPE} or no {runs.TRAINED}: name the folder of one run of keye-train"
         )
     settings = compose.to_settings(TrainSettings, OmegaConf.to_container(OmegaConf.load(folder / runs.RECIPE)))
-    plan = Plan.from_settings(settings, flop_cost(keye_config(settings.model), settings.stage.objective))
+    plan = Plan.from_settings(settings, training_cost(settings))
     manifest = runs.read_json(folder / runs.MANIFEST)
     if manifest.get("data_fingerprint") != plan.fingerprint:
         raise ValueError(
@@ -151,6 +156,8 @@ def _examine_step(
     dropped: Counter[Row] = Counter((one.source, one.row) for one in batch.dropped)
     for source, row in (*left.elements(), *dropped.elements()):
         audit.sources[source].times[row] += 1
+    for account, filtered in zip(audit.sources, batch.filtered, strict=True):
+        account.filtered += filtered
     for line in skipped:
         found = next((row for row in rows_of(line) if dropped[row] or left[row]), None)
         if found is None:

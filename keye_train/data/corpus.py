@@ -1,73 +1,97 @@
-"""All sources of a recipe as columns of numbers: what the plan needs to know about each sample, and nothing else.
+"""All sources of a recipe: how many samples, in which shards, and what each of them takes.
 
-Text tokens stand in the index; the tokens and patches of media follow here from their sizes and the resolution
-settings, once at the start. Keys and byte ranges stay on the disk until a sample is read.
+Opening reads one header a shard. Sizes of samples are measured when the plan first looks at them, and only the blocks
+that a window touches stay in memory; see ``columns``. Keys and byte ranges stay on the disk until a sample is read.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from keye_train.data.index import ShardHeader, find_shards, open_headers, read_columns, read_key, tokenizer_fingerprint
-from keye_train.model.positions import grid_tokens, media_grid
-from keye_train.sample import MediaInfo, MediaKind, SampleError, SampleRef
+from keye_train.data.columns import BlockStore, Measuring
+from keye_train.data.filters import Filter
+from keye_train.data.headers import kept_headers
+from keye_train.data.index import ShardHeader, find_shards, read_key, tokenizer_fingerprint
+from keye_train.data.measure import Sizes, measure
+from keye_train.sample import SampleRef
 from keye_train.settings import ResolutionSettings, SourceSettings, StorageSettings
 
+__all__ = ["Corpus", "Looked", "ShardSource", "Sizes", "Source", "measure"]
 
-@dataclass(frozen=True)
-class Sizes:
-    """What samples, or whole packs, take of both towers, as parallel columns.
-
-    Whole numbers: their sums are exact, so every machine plans the same.
-    """
-
-    tokens: np.ndarray  # [N] int64 language tokens
-    tokens_squared: np.ndarray  # [N] int64: sum over samples of their tokens squared
-    patches: np.ndarray  # [N] int64 vision patches
-    patches_squared: np.ndarray  # [N] int64: sum over images and videos of their patches squared
-
-    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> Sizes:
-        """Apply a function to every column."""
-        columns = (self.tokens, self.tokens_squared, self.patches, self.patches_squared)
-        return Sizes(*(function(column) for column in columns))
-
-    def take(self, rows: np.ndarray) -> Sizes:
-        """The same columns for some rows."""
-        return self.map(lambda column: column[rows])
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[Sizes]) -> Sizes:
-        """Columns one after another."""
-        names = ("tokens", "tokens_squared", "patches", "patches_squared")
-        empty = [np.zeros(0, dtype=np.int64)]
-        return cls(*(np.concatenate(empty + [getattr(part, name) for part in parts]) for name in names))
+SCAN_ROWS = 8192
+"""Rows looked at together when a source is searched for its first usable sample."""
 
 
 @dataclass(frozen=True)
+class Looked:
+    """What is known of some samples."""
+
+    sizes: Sizes  # [N]
+    keep: np.ndarray  # [N] bool: passes the filter of the source
+    errors: dict[int, str]  # place among the N -> why the sample cannot be trained on
+
+
 class Source:
-    """One source: rows 0 .. N - 1 run through its shards in order."""
+    """One source, here with all sizes in memory: rows 0 .. N - 1 run through its shards in order."""
 
-    name: str
-    headers: tuple[ShardHeader, ...]
-    first_rows: np.ndarray  # [shards + 1] int64: row of the source at which each shard starts
-    sizes: Sizes
-    errors: dict[int, str]  # row -> why the sample cannot be trained on
-    storage: StorageSettings | None = None  # how its shards are reached
+    max_epochs: int | None = None
+    filter: str | None = None
+    storage: StorageSettings | None = None
+    _excluded: Mapping[int, str] = MappingProxyType({})  # row -> reason
+
+    def __init__(
+        self,
+        name: str,
+        headers: tuple[ShardHeader, ...],
+        first_rows: np.ndarray,
+        sizes: Sizes,
+        errors: dict[int, str],
+    ) -> None:
+        """Args:
+        name: in data.sources.
+        headers: of its shards.
+        first_rows: [shards + 1] int64, row of the source at which each shard starts.
+        sizes: of all rows.
+        errors: row -> why the sample cannot be trained on.
+        """
+        self.name, self.headers, self.first_rows = name, headers, first_rows
+        self._sizes, self._errors = sizes, errors
 
     def __len__(self) -> int:
         return int(self.first_rows[-1])
 
     @property
+    def sizes(self) -> Sizes:
+        """Of all rows: for tools and for small sources, never for planning."""
+        return self.look(np.arange(len(self))).sizes
+
+    @property
+    def errors(self) -> dict[int, str]:
+        """Row -> why the sample cannot be trained on, of all rows; see ``sizes``."""
+        return self.look(np.arange(len(self))).errors
+
+    @property
     def shards(self) -> tuple[str, ...]:
         """Paths of the shards."""
         return tuple(header.shard for header in self.headers)
+
+    def look(self, rows: np.ndarray) -> Looked:
+        """What is known of the samples at some rows of the source."""
+        looked = self._measured(rows)
+        return replace(looked, errors=looked.errors | _found(self._excluded, rows)) if self._excluded else looked
+
+    def exclude(self, reasons: Mapping[int, str]) -> None:
+        """Give up the samples at some rows: row -> reason. They are still drawn, like those that cannot be read."""
+        self._excluded = MappingProxyType({**self._excluded, **reasons})
+
+    def _measured(self, rows: np.ndarray) -> Looked:
+        return Looked(self._sizes.take(rows), np.ones(len(rows), dtype=bool), _found(self._errors, rows))
 
     def locate(self, row: int) -> tuple[str, int]:
         """Shard of a row of the source, and its row there."""
@@ -80,8 +104,37 @@ class Source:
         return SampleRef(self.name, shard, read_key(shard, shard_row, self.storage))
 
 
+class ShardSource(Source):
+    """A source whose sizes are measured where a plan looks."""
+
+    def __init__(
+        self, name: str, headers: Sequence[ShardHeader], measuring: Measuring, max_epochs: int | None = None
+    ) -> None:
+        """Args:
+        name: in data.sources.
+        headers: of its shards.
+        measuring: how rows of a shard are measured.
+        max_epochs: how often its rows are drawn at most; None: without end.
+        """
+        self.name, self.headers, self.max_epochs = name, tuple(headers), max_epochs
+        self.first_rows = np.cumsum([0] + [header.rows for header in headers])
+        self.filter, self.storage = measuring.filter.text if measuring.filter else None, measuring.storage
+        self._store = BlockStore(self.shards, self.first_rows, measuring)
+
+    def _measured(self, rows: np.ndarray) -> Looked:
+        return Looked(*self._store.look(rows))
+
+
+def _found(reasons: Mapping[int, str], rows: np.ndarray) -> dict[int, str]:
+    """Place -> reason, for the rows that have one."""
+    if not reasons:
+        return {}
+    places = np.flatnonzero(np.isin(rows, np.fromiter(reasons, dtype=np.int64, count=len(reasons)))).tolist()
+    return {place: reasons[int(rows[place])] for place in places}
+
+
 class Corpus:
-    """The sources of a recipe, opened and measured."""
+    """The sources of a recipe, opened."""
 
     def __init__(self, sources: Mapping[str, Source], resolution: ResolutionSettings) -> None:
         self.sources = dict(sorted(sources.items()))
@@ -96,6 +149,8 @@ class Corpus:
         resolution: ResolutionSettings,
         pair_tokens: int | None = None,
         storage: StorageSettings | None = None,
+        cache: str | Path | None = None,
+        group_blocks: int = 0,
     ) -> Corpus:
         """Open the index of every shard.
 
@@ -106,117 +161,31 @@ class Corpus:
             pair_tokens: for image-caption pairs (Stage 0): caption tokens that every sample takes, whatever its text;
                 samples that are not one image with a text count as unreadable.
             storage: ``data.storage``.
+            cache: folder that keeps headers and measured sizes; see ``data.plan_cache``.
+            group_blocks: blocks that windows come from, see ``columns``.
 
         Raises:
-            ValueError: a shard is missing, or its index is missing, stale or foreign.
+            ValueError: a shard is missing, its index is missing, stale or foreign, or a filter cannot be read.
         """
         fingerprint = tokenizer_fingerprint(tokenizer)
+        folder = None if cache is None else Path(cache)
         opened = {}
         for name, settings in sources.items():
-            shards = find_shards(settings.shards, storage)
-            headers = open_headers(shards, tokenizer, fingerprint, storage)
-            opened[name] = _open_source(name, headers, resolution, pair_tokens, storage)
+            own = Filter(settings.filter, f"data.sources.{name}.filter") if settings.filter else None
+            headers = kept_headers(find_shards(settings.shards, storage), tokenizer, fingerprint, storage, folder)
+            rows_from = {header.shard: header.rows_from for header in headers}
+            measuring = Measuring(resolution, pair_tokens, own, folder, rows_from, storage, group_blocks)
+            opened[name] = ShardSource(name, headers, measuring, settings.max_epochs)
         return cls(opened, resolution)
 
     def fingerprint(self) -> str:
-        """sha256 over sources, shard checksums, resolution and quarantine; the same for the same data elsewhere."""
+        """sha256 over sources, filters, shard checksums, resolution and quarantine; the same for the same data
+        elsewhere."""
         digest = hashlib.sha256(repr(sorted(asdict(self.resolution).items())).encode())
         for name, source in self.sources.items():
-            shards = [(header.rows, header.shard_bytes, header.sha256, header.tokenizer) for header in source.headers]
-            digest.update(repr((name, shards)).encode())
+            digest.update(repr((name, source.filter, source.max_epochs)).encode())
+            for header in source.headers:
+                digest.update(repr((header.rows, header.shard_bytes, *header.rows_from)).encode())
         if self.quarantine is not None:
             digest.update(self.quarantine.encode())
         return digest.hexdigest()
-
-
-def _open_source(
-    name: str,
-    headers: list[ShardHeader],
-    resolution: ResolutionSettings,
-    pair_tokens: int | None,
-    storage: StorageSettings | None,
-) -> Source:
-    first_rows = np.cumsum([0] + [header.rows for header in headers])
-    grids: dict[tuple, tuple[int, int] | str] = {}  # size of media -> (tokens, patches) or what is wrong with it
-    parts = []
-    errors: dict[int, str] = {}
-    for header, first in zip(headers, first_rows[:-1].tolist(), strict=True):
-        table = read_columns(header.shard, ["text_tokens", "media", "error"], storage)
-        sizes, wrong = measure(table, resolution, pair_tokens, grids)
-        parts.append(sizes)
-        errors |= {first + row: reason for row, reason in wrong.items()}
-    return Source(name, tuple(headers), first_rows, Sizes.concatenate(parts), errors, storage)
-
-
-def measure(
-    table: pa.Table,
-    resolution: ResolutionSettings,
-    pair_tokens: int | None = None,
-    known: dict[tuple, tuple[int, int] | str] | None = None,
-) -> tuple[Sizes, dict[int, str]]:
-    """Sizes of the samples of one shard.
-
-    Args:
-        table: columns text_tokens, media and error of an index.
-        resolution: decides what media cost.
-        pair_tokens: see ``Corpus.open``.
-        known: sizes of media met before; filled with the new ones.
-
-    Returns:
-        Columns, and row -> reason for the samples that cannot be trained on.
-    """
-    known = {} if known is None else known
-    media = table["media"].combine_chunks()
-    wrong = pc.indices_nonzero(pc.is_valid(table["error"])).to_pylist()
-    errors = {row: table["error"][row].as_py() for row in wrong}
-    owners = pc.list_parent_indices(media).to_numpy()
-    flat = media.flatten()
-    examples, number = _distinct(flat)
-    distinct = flat.take(pa.array(examples)).to_pylist()
-    costs = [_known_cost(tuple(size.values()), known, resolution) for size in distinct]
-    for bad in [place for place, cost in enumerate(costs) if isinstance(cost, str)]:
-        for row in owners[number == bad].tolist():
-            errors.setdefault(row, str(costs[bad]))
-    table_of_costs = np.array([(0, 0) if isinstance(cost, str) else cost for cost in costs], dtype=np.int64)
-    tokens, patches = table_of_costs.reshape(-1, 2)[number].T
-    rows = len(table)
-    if pair_tokens is None:
-        total = table["text_tokens"].to_numpy().astype(np.int64) + _sum_by(owners, tokens, rows)
-    else:
-        total = np.full(rows, pair_tokens, dtype=np.int64)
-        is_image = pc.equal(flat.field("kind"), MediaKind.image.value).to_numpy(zero_copy_only=False)
-        counts = np.bincount(owners, minlength=rows)
-        images = _sum_by(owners, is_image, rows)
-        for row in np.flatnonzero((counts != 1) | (images != 1)).tolist():
-            errors.setdefault(row, f"not an image-caption pair: {counts[row]} media, {images[row]} of them images")
-    return Sizes(total, total**2, _sum_by(owners, patches, rows), _sum_by(owners, patches**2, rows)), errors
-
-
-def _sum_by(owners: np.ndarray, values: np.ndarray, rows: int) -> np.ndarray:
-    """Sum of the values of each owner, exact below 2^53: [rows] int64."""
-    return np.bincount(owners, values, minlength=rows).astype(np.int64)
-
-
-def _distinct(media: pa.StructArray) -> tuple[np.ndarray, np.ndarray]:
-    """One place of each distinct size, and the number of its size for every place."""
-    code = np.zeros(len(media), dtype=np.int64)
-    for field in media.type:
-        encoded = pc.struct_field(media, field.name).dictionary_encode()
-        code = code * len(encoded.dictionary) + encoded.indices.to_numpy()
-        _, code = np.unique(code, return_inverse=True)  # keeps the codes small
-    _, examples, number = np.unique(code, return_index=True, return_inverse=True)
-    return examples, number
-
-
-def _known_cost(
-    size: tuple, known: dict[tuple, tuple[int, int] | str], resolution: ResolutionSettings
-) -> tuple[int, int] | str:
-    """Tokens and patches of a size of media, or what is wrong with it."""
-    if size not in known:
-        kind, width, height, frames, fps = size
-        try:
-            grid = media_grid(MediaInfo(MediaKind(kind), width, height, frames, fps), resolution)
-            known[size] = grid_tokens(grid), grid[0] * grid[1] * grid[2]
-        except SampleError as error:
-            known[size] = str(error)
-    return known[size]

@@ -34,6 +34,7 @@ from keye_train.settings import StorageSettings
 
 __all__ = [
     "INDEX_VERSION",
+    "ROW_GROUP",
     "SCHEMA",
     "ShardHeader",
     "build_index",
@@ -47,6 +48,7 @@ __all__ = [
     "read_columns",
     "read_key",
     "read_metadata",
+    "read_rows",
     "tokenizer_fingerprint",
 ]
 
@@ -57,6 +59,9 @@ INDEX_VERSION = "2"
 
 BATCH_SAMPLES, BATCH_BYTES = 512, 2**27
 """Samples whose texts are counted together, and the bytes after which no more are waited for."""
+
+ROW_GROUP = 4096
+"""Rows of an index that are read at once: a plan over a large corpus reads some rows of many shards."""
 
 SCHEMA = pa.schema(
     [
@@ -93,6 +98,12 @@ class ShardHeader:
     shard_bytes: int
     sha256: str  # of the shard
     tokenizer: str  # fingerprint of the tokenizer that counted the text
+    layout: str = ""  # of the prepared folder that the shard stands in, see ``energon``
+
+    @property
+    def rows_from(self) -> tuple[str, ...]:
+        """What decides the rows of the index, wherever the shard lies."""
+        return self.sha256, self.tokenizer, self.layout
 
 
 def tokenizer_fingerprint(folder: str | Path) -> str:
@@ -151,14 +162,14 @@ def build_index(
         offsets_file(shard, storage), np.array([*columns["offset"], *(ends[-1:] or [0])], dtype="<u8").tobytes()
     )
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
     # Last: its presence means that both are there.
     files.write(index_file(shard, storage), sink.getvalue().to_pybytes())
     files.close()
     bad = rows - columns["error"].count(None)
     if bad:
         log.warning("%s: %d of %d samples cannot be read; see `keye-data check %s`", shard, bad, rows, shard)
-    return ShardHeader(shard, rows, total, metadata["shard_sha256"], fingerprint)
+    return ShardHeader(shard, rows, total, metadata["shard_sha256"], fingerprint, metadata["layout"])
 
 
 def _index_columns(raws: Iterable[RawSample], tokenizer: PreTrainedTokenizerBase, shard: str) -> dict[str, list[Any]]:
@@ -304,7 +315,7 @@ def _open_header(
         raise ValueError(
             f"the index of the shard {shard} is stale: .nv-meta/dataset.yaml of its folder was changed since; {mend}"
         )
-    return ShardHeader(shard, rows, shard_bytes, metadata["shard_sha256"], fingerprint)
+    return ShardHeader(shard, rows, shard_bytes, metadata["shard_sha256"], fingerprint, metadata["layout"])
 
 
 def has_index(shard: str, storage: StorageSettings | None = None) -> bool:
@@ -324,6 +335,21 @@ def read_columns(shard: str, columns: Sequence[str], storage: StorageSettings | 
     return pq.read_table(_parquet_source(index_file(shard, storage), Storage(storage)), columns=list(columns))
 
 
+def read_rows(
+    shard: str, columns: Sequence[str], start: int, stop: int, storage: StorageSettings | None = None
+) -> pa.Table:
+    """Some columns of the rows ``start`` .. ``stop - 1`` of such an index.
+
+    A local index is read in part; a remote one, a few MB, at once: its parts would take as many requests.
+    """
+    with pq.ParquetFile(_parquet_source(index_file(shard, storage), Storage(storage))) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        bounds = np.cumsum([0, *sizes])
+        first, last = int(np.searchsorted(bounds, start, side="right")) - 1, int(np.searchsorted(bounds, stop))
+        table = file.read_row_groups(list(range(first, last)), columns=list(columns), use_threads=False)
+    return table.slice(start - int(bounds[first]), stop - start)
+
+
 def read_metadata(shard: str, storage: StorageSettings | None = None) -> dict[str, str]:
     """What the index of a shard says about the shard as a whole."""
     schema = pq.read_schema(_parquet_source(index_file(shard, storage), Storage(storage)))
@@ -332,4 +358,4 @@ def read_metadata(shard: str, storage: StorageSettings | None = None) -> dict[st
 
 def read_key(shard: str, row: int, storage: StorageSettings | None = None) -> str:
     """Key of one sample, for messages."""
-    return read_columns(shard, ["key"], storage)["key"][row].as_py()
+    return read_rows(shard, ["key"], row, row + 1, storage)["key"][0].as_py()

@@ -8,17 +8,25 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from keye_train.data.loader import StepData
-from keye_train.data.plan import OVER_BUDGET, Plan
+from keye_train.data.plan import AT_THE_END, OVER_BUDGET, Plan
 from keye_train.data.quarantine import QUARANTINED
 from keye_train.runs import LEDGER, TRAINED, keep_rows_until, read_jsonl
 from keye_train.settings import DataSettings
 
 log = logging.getLogger(__name__)
+
+MARKED_PARTS, MARKED_ROWS = 64, 4096
+"""Of a large source, so many parts of so many rows are searched at the start for samples that its index marks."""
+
+SOUND = (OVER_BUDGET, QUARANTINED, AT_THE_END)
+"""How the reasons begin that say nothing about whether a sample can be read."""
 
 MIN_SKIPPED = 10
 """The share of skipped samples says nothing before this many."""
@@ -114,14 +122,22 @@ class SkipLimit:
     def check_marks(self, plan: Plan) -> None:
         """Hold what the indexes of the sources already mark against the limit of each source.
 
+        A source of more than ``MARKED_PARTS * MARKED_ROWS`` rows is judged by that many, evenly spread: a start must
+        not measure a whole corpus.
+
         Raises:
             ValueError: names the source.
         """
         for number, name in enumerate(plan.sources):
             source, limit = plan.source(number), self._limit_of.get(name)
             if limit is not None:
-                marked = sum(not reason.startswith(QUARANTINED) for reason in source.errors.values())
-                self._check(f"data.sources.{name}.", limit, marked, len(source))
+                marked = rows = 0
+                for part in _parts(len(source)):
+                    looked = source.look(part)
+                    errors = [reason for place, reason in looked.errors.items() if looked.keep[place]]
+                    marked += sum(not reason.startswith(QUARANTINED) for reason in errors)
+                    rows += int(looked.keep.sum())
+                self._check(f"data.sources.{name}.", limit, marked, rows)
 
     def observe(self, unreadable: int, read: Mapping[str, int], broken: Mapping[str, int], window: int) -> None:
         """Add one step.
@@ -159,8 +175,16 @@ class SkipLimit:
 
 
 def unreadable(data: StepData) -> int:
-    """Samples that a step dropped because the index marks them as unreadable, not because they exceed a budget."""
-    return sum(not reason.startswith((OVER_BUDGET, QUARANTINED)) for _, reason in data.dropped)
+    """Samples that a step dropped because the index marks them as unreadable, and for no other reason."""
+    return sum(not reason.startswith(SOUND) for _, reason in data.dropped)
+
+
+def _parts(size: int) -> Iterator[np.ndarray]:
+    """Rows of a source in parts: all of them, or evenly spread ones."""
+    parts = min(-(-size // MARKED_ROWS), MARKED_PARTS)
+    for part in range(parts):
+        start = part * size // parts // MARKED_ROWS * MARKED_ROWS  # whole blocks of ``columns``
+        yield np.arange(start, min(start + MARKED_ROWS, size))
 
 
 def _line(row: dict[str, Any]) -> str:

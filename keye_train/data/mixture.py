@@ -1,79 +1,144 @@
-"""Which sample is drawn next: a source by weight, and within the source a shuffle that needs no table.
+"""Which source is drawn next, by weight, and a shuffle of its rows that needs no table.
 
-Both are pure functions of (seed, how often each source was drawn before), so the draw can go on from anywhere.
+Both are pure functions of a few numbers, so the draw can go on from anywhere.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Mapping, Sequence
-from fractions import Fraction
-from math import lcm
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
+from keye_train.data.shares import ShareCurve, Weights
+
+
+@dataclass(frozen=True)
+class MixtureState:
+    """Position of a mixture: where its count began, and what each source has had since."""
+
+    spent: tuple[int, ...]  # of each source since ``origin``, in the unit of the mixture
+    origin: int = 0  # drawn in all when a source last left the mixture; 0 while all are there
+
+    @property
+    def total(self) -> int:
+        """Drawn in all."""
+        return self.origin + sum(self.spent)
+
 
 class Mixture:
-    """Draws sources so that every prefix of the draw holds each source within one of its exact share.
+    """Draws sources so that every prefix of the draw holds each source close to its exact share.
 
-    R. Tijdeman, "The chairman assignment problem" (1980): with k sources of shares w, the j-th draw (j = 0, 1, ...)
-    of a source is released once w * n >= j + e and due while w * n <= j + 1 - e, where e = 1 / (2k - 2) and n counts
-    draws. Taking the earliest due of the released keeps every count within 1 - e of w * n. All arithmetic is in whole
-    numbers, so there is no drift, however long the run.
+    A share is one of samples (``sized`` off), or of amounts that differ from sample to sample, such as tokens. With
+    S(T) what a source should have had of the first T (the integral of its share, see ``shares``):
+
+    - Samples: every prefix holds each source within 1 - e of S, e = 1 / (2k - 2) for k sources. R. Tijdeman, "The
+      chairman assignment problem" (1980), which allows shares to change: the j-th draw of a source is released once
+      S >= j + e and due while S <= j + 1 - e; of the released, the earliest due is taken.
+    - Amounts: every prefix holds each source between S - L - 1 and S + l, l the source's own largest sample and L the
+      largest of all. J. Bennett and H. Zhang, "WF2Q" (1996): a sample that would take its source from a to a + l is
+      released once S >= a and due when S reaches a + l.
+
+    All arithmetic is in whole numbers, so there is no drift, however long the run. Where a source leaves, the count
+    starts afresh among the others: from there on the bounds hold against their shares.
     """
 
-    def __init__(self, weights: Mapping[str, float]) -> None:
+    def __init__(self, weights: Mapping[str, float] | Weights, sized: bool = False) -> None:
         """Args:
-            weights: source -> weight >= 0; sources of weight 0 are left out. Decimals are taken as written.
+            weights: source -> weight, or weights that change with what is drawn.
+            sized: shares are of amounts.
 
         Raises:
             ValueError: no weight is above 0.
         """
-        exact = {name: Fraction(str(weight)) for name, weight in sorted(weights.items()) if weight > 0}
-        if not exact:
-            raise ValueError(f"no source has a weight above 0: {dict(weights)}")
-        self.sources = tuple(exact)
-        total = sum(exact.values())
-        scale = lcm(*((weight / total).denominator for weight in exact.values()))
-        slack = max(2 * len(exact) - 2, 1)  # 1 / e
-        self._weights = [int(weight / total * scale) * slack for weight in exact.values()]
-        self._unit = scale * slack  # one draw; shares are _weights / _unit
-        self._margin = scale if len(exact) > 1 else 0  # e of a draw
+        self.weights = weights if isinstance(weights, Weights) else Weights.of(weights)
+        self.sources = self.weights.sources
+        self.sized = sized
+        self._made: tuple[tuple[int, tuple[int, ...]], tuple[dict[int, ShareCurve], int, int]] | None = None
 
-    def draw(self, counts: Sequence[int], number: int) -> tuple[np.ndarray, tuple[int, ...]]:
+    def start(self) -> MixtureState:
+        """Before the first draw."""
+        return MixtureState((0,) * len(self.sources))
+
+    def draw(
+        self, state: MixtureState, number: int, amounts: Sequence[Iterator[int]] | None = None
+    ) -> tuple[np.ndarray, MixtureState]:
         """The next draws.
 
         Args:
-            counts: draws of each source so far, in the order of ``sources``; all 0 at the start.
+            state: the position.
             number: how many more.
+            amounts: for each source what its next samples count, 1 or more altogether above 0; an iterator that ends
+                says that its source has left. One sample more is asked for than is drawn. None: 1 without end.
 
         Returns:
-            Source numbers [number] int64, and the counts after them.
+            Source numbers [number] int64, fewer where all sources have left; and the position after them.
         """
-        done = sum(counts)
-        counts = list(counts)
-        released: list[tuple[int, int]] = []  # (last draw at which it is in time, source)
-        waiting = [(self._release(source, count), source) for source, count in enumerate(counts)]
-        heapq.heapify(waiting)
-        drawn = np.empty(number, dtype=np.int64)
-        for place in range(number):
-            while waiting and waiting[0][0] <= done + place + 1:
-                source = heapq.heappop(waiting)[1]
-                heapq.heappush(released, (self._due(source, counts[source]), source))
-            source = heapq.heappop(released)[1]
-            drawn[place] = source
-            counts[source] += 1
-            heapq.heappush(waiting, (self._release(source, counts[source]), source))
-        return drawn, tuple(counts)
+        ahead = amounts or [repeat(1)] * len(self.sources)
+        nexts = [next(own, None) for own in ahead]
+        origin, spent = state.origin, list(state.spent)
+        drawn: list[int] = []
+        while len(drawn) < number and (present := [i for i, amount in enumerate(nexts) if amount is not None]):
+            curves, scale, margin = self._curves(origin, tuple(present))
+            if not curves:
+                break
+            queue = _Queue(curves, scale, margin, early=not self.sized)
+            for source in present:
+                queue.add(source, spent[source], nexts[source] or 0)
+            total = origin + sum(spent)
+            while len(drawn) < number:
+                source = queue.pop(total)
+                amount = nexts[source] or 0
+                drawn.append(source)
+                spent[source] += amount
+                total += amount
+                following = nexts[source] = next(ahead[source], None)
+                if following is None:
+                    origin, spent = total, [0] * len(spent)
+                    break
+                queue.add(source, spent[source], following)
+        return np.array(drawn, dtype=np.int64), MixtureState(tuple(spent), origin)
 
-    def _release(self, source: int, draw: int) -> int:
-        """Smallest n with w * n >= draw + e."""
-        return -(-(draw * self._unit + self._margin) // self._weights[source])
+    def curve(self, state: MixtureState, present: Sequence[int]) -> tuple[dict[int, ShareCurve], int]:
+        """Exact shares since ``state.origin`` of the sources that are still there, and their scale."""
+        return self._curves(state.origin, tuple(present))[:2]
 
-    def _due(self, source: int, draw: int) -> int:
-        """First n with w * n > draw + 1 - e: the draw must have happened by then."""
-        return ((draw + 1) * self._unit - self._margin) // self._weights[source] + 1
+    def _curves(self, origin: int, present: tuple[int, ...]) -> tuple[dict[int, ShareCurve], int, int]:
+        """Curves, their scale, and e in that scale; kept, because one window after another asks for the same."""
+        if self._made is None or self._made[0] != (origin, present):
+            slack = 1 if self.sized else max(2 * len(present) - 2, 1)  # 1 / e
+            named, scale = self.weights.curves(origin, [self.sources[source] for source in present], slack)
+            curves = {source: named[self.sources[source]] for source in present if named}
+            margin = scale // slack if len(present) > 1 and not self.sized else 0
+            self._made = (origin, present), (curves, scale, margin)
+        return self._made[1]
+
+
+class _Queue:
+    """Next samples of the sources; gives out the earliest due of those released."""
+
+    def __init__(self, curves: Mapping[int, ShareCurve], scale: int, margin: int, early: bool) -> None:
+        self._curves, self._scale, self._margin = curves, scale, margin
+        self._early = 1 if early else 0  # a sample may count against the share that its own draw adds
+        self._waiting: list[tuple[int, int, int]] = []  # (released at, due, source)
+        self._released: list[tuple[int, int]] = []  # (due, source)
+
+    def add(self, source: int, spent: int, amount: int) -> None:
+        """Put in the next sample of a source that has had ``spent``."""
+        curve, start = self._curves[source], spent * self._scale
+        due = curve.reach(start + amount * self._scale - self._margin + 1)
+        heapq.heappush(self._waiting, (curve.reach(start + self._margin), due, source))
+
+    def pop(self, total: int) -> int:
+        """Take out the source to draw when ``total`` has been drawn."""
+        while self._waiting and self._waiting[0][0] <= total + self._early:
+            _, due, source = heapq.heappop(self._waiting)
+            heapq.heappush(self._released, (due, source))
+        assert self._released, "no source is behind its share"
+        return heapq.heappop(self._released)[1]
 
 
 class Shuffle:
@@ -108,12 +173,24 @@ class Shuffle:
             [N] int64.
         """
         epoch, place = np.divmod(positions.astype(np.uint64), np.uint64(self.size))
-        keys = _mix(self._key + epoch)
-        rows = self._permute(place, keys)
-        outside = np.flatnonzero(rows >= self.size)
+        return self.permute(place, mixed(self._key + epoch), np.full(len(place), self.size, dtype=np.uint64))
+
+    def permute(self, places: np.ndarray, keys: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Where numbers go under the permutations that ``keys`` name.
+
+        Args:
+            places: [N] uint64, each below its size.
+            keys: [N] uint64.
+            sizes: [N] uint64, at most ``self.size``; best not far below.
+
+        Returns:
+            [N] int64, each below its size.
+        """
+        rows = self._permute(places, keys)
+        outside = np.flatnonzero(rows >= sizes)
         while len(outside):
             rows[outside] = self._permute(rows[outside], keys[outside])
-            outside = outside[rows[outside] >= self.size]
+            outside = outside[rows[outside] >= sizes[outside]]
         return rows.astype(np.int64)
 
     def _permute(self, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -123,19 +200,19 @@ class Shuffle:
         left, right = values >> right_bits, values & ((one << right_bits) - one)
         for turn in range(self.ROUNDS):
             mask = (one << left_bits) - one
-            left, right = right, left ^ (_mix(right + _mix(keys + np.uint64(turn))) & mask)
+            left, right = right, left ^ (mixed(right + mixed(keys + np.uint64(turn))) & mask)
             left_bits, right_bits = right_bits, left_bits
         return (left << right_bits) | right
 
 
 def shuffled(count: int, seed: int) -> np.ndarray:
     """The numbers 0 .. count - 1 in an order that depends on the seed alone, not on the version of numpy: [count]."""
-    keys = _mix(np.arange(count, dtype=np.uint64) + _mix(np.uint64(seed)))
+    keys = mixed(np.arange(count, dtype=np.uint64) + mixed(np.uint64(seed % 2**64)))
     return np.argsort(keys, kind="stable")
 
 
-def _mix(values: np.ndarray | np.uint64) -> np.ndarray:
-    """Finalizer of splitmix64 (Steele, Lea and Flood, 2014), modulo 2^64."""
+def mixed(values: np.ndarray | np.uint64) -> np.ndarray:
+    """Numbers made to look random: finalizer of splitmix64 (Steele, Lea and Flood, 2014), modulo 2^64."""
     x = np.atleast_1d(values) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

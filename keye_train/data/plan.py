@@ -9,131 +9,49 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from keye_train.data.corpus import Corpus, Sizes, Source
-from keye_train.data.mixture import Mixture, Shuffle, shuffled
-from keye_train.data.packing import Budget, Packing, pack_samples
+from keye_train.data.columns import BLOCK_ROWS
+from keye_train.data.corpus import SCAN_ROWS, Corpus, Source
+from keye_train.data.cost import PackCost
+from keye_train.data.draw import Draw, DrawRules
+from keye_train.data.mixture import Mixture
+from keye_train.data.packing import Budget
+from keye_train.data.planned import Dropped, GlobalBatch, Pack, PlannedSample, PlanState, assign, seed_of
 from keye_train.data.quarantine import exclude
-from keye_train.model.configuration import KeyeConfig
-from keye_train.model.flops import FlopCoefficients
-from keye_train.settings import Objective, TrainSettings
+from keye_train.data.window import OVER_BUDGET, Rules, Window, WindowPlanner
+from keye_train.settings import MixtureUnit, Objective, TrainSettings
+
+__all__ = [
+    "AT_THE_END",
+    "OVER_BUDGET",
+    "Dropped",
+    "GlobalBatch",
+    "Pack",
+    "Plan",
+    "PlanState",
+    "PlannedSample",
+    "assign",
+]
 
 log = logging.getLogger(__name__)
 
-OVER_BUDGET = "over budget: "
-"""How the reason of a sample begins that exceeds stage.max_tokens or stage.max_patches."""
+AT_THE_END = "the data ended before a global batch was full"
+"""Reason of the samples that are left when every source has had its last epoch."""
 
-CostFunction = Callable[[Sizes], np.ndarray]
-"""Cost of packs, [N] float64, from what they hold: FLOPs of both towers, in any unit."""
-
-
-def flop_cost(config: KeyeConfig, objective: Objective = Objective.language) -> CostFunction:
-    """Cost of packs by ``model.flops``.
-
-    With the contrastive objective only the vision tower counts: captions are padded alike, and a caption decoder, small
-    beside the tower, follows the number of patches.
-    """
-    flops = FlopCoefficients.of(config)
-    language = 1.0 if objective == Objective.language else 0.0
-
-    def cost(sizes: Sizes) -> np.ndarray:
-        pairs = (sizes.tokens_squared + sizes.tokens) / 2  # a causal model sees l * (l + 1) / 2 of a sample
-        return (
-            language * (flops.language_token * sizes.tokens + flops.language_pair * pairs)
-            + flops.vision_patch * sizes.patches
-            + flops.vision_pair * sizes.patches_squared
-        )
-
-    return cost
+ENOUGH_BATCHES = 8
+"""Global batches in a window below which the plan warns: too few packs to find like ones among."""
 
 
 @dataclass(frozen=True)
-class PlannedSample:
-    """One sample of a pack."""
+class _End:
+    """Every source has had its last epoch."""
 
-    source: int  # number in Plan.sources
-    row: int  # of that source
-    tokens: int
-    patches: int
-
-
-@dataclass(frozen=True)
-class Pack:
-    """What one rank reads in one micro-step."""
-
-    samples: tuple[PlannedSample, ...]
-    cost: float
-
-    @property
-    def tokens(self) -> int:
-        """Language tokens."""
-        return sum(sample.tokens for sample in self.samples)
-
-    @property
-    def patches(self) -> int:
-        """Vision patches."""
-        return sum(sample.patches for sample in self.samples)
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A sample that was drawn and will not be read."""
-
-    source: int
-    row: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class GlobalBatch:
-    """What all ranks together read in one optimizer step."""
-
-    step: int  # optimizer step, from 0
-    packs: tuple[Pack, ...]
-    dropped: tuple[Dropped, ...]  # drawn since the batch before, and given up
-    seed: int  # of the order of its micro-steps
-
-
-@dataclass(frozen=True)
-class PlanState:
-    """Position in a plan: what a checkpoint keeps of the data. It does not grow with the corpus or with time."""
-
-    plan: str  # fingerprint of the plan
-    step: int  # global batches given out
-    window: int  # windows finished
-    batch: int  # global batches given out of the current window
-    drawn: tuple[int, ...]  # draws of each source before the current window
-    carried: tuple[tuple[int, int], ...]  # (source, row) drawn earlier that the current window packs, too
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain value for a checkpoint."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> PlanState:
-        """Inverse of ``to_json``, also after a round trip through a JSON file."""
-        carried = tuple((int(source), int(row)) for source, row in value["carried"])
-        return cls(**{**value, "drawn": tuple(value["drawn"]), "carried": carried})
-
-
-@dataclass(frozen=True)
-class _Window:
-    """The plan of one window."""
-
-    sources: np.ndarray  # [N] samples that fit
-    rows: np.ndarray  # [N]
-    sizes: Sizes
-    packing: Packing
-    costs: np.ndarray  # [packs]
-    batches: np.ndarray  # [batches, G] packs
-    dropped: tuple[Dropped, ...]
-    drawn: tuple[int, ...]  # draws of each source after it
-    carried: tuple[tuple[int, int], ...]  # left over for the next
+    dropped: tuple[Dropped, ...]  # since the last batch
+    filtered: tuple[int, ...]
 
 
 class Plan:
@@ -147,39 +65,52 @@ class Plan:
         global_batch_packs: int,
         window_samples: int,
         seed: int,
-        cost: CostFunction,
+        cost: PackCost,
+        rules: DrawRules | None = None,
+        balance_packs: int | None = None,
     ) -> None:
         """Args:
             corpus: the sources.
-            weights: source -> weight in the mixture, as a share of samples.
+            weights: source -> weight in the mixture, at the start of the run.
             budget: of one pack.
             global_batch_packs: packs of one optimizer step over all ranks.
-            window_samples: samples that are packed together.
+            window_samples: samples that are packed together, at least; a few more fill the last global batch.
             seed: decides every order.
-            cost: see ``CostFunction``.
+            cost: what packs cost, see ``data.cost``.
+            rules: what weights are shares of, how they change, how rows are shuffled.
+            balance_packs: packs of like cost that global batches are made of, see ``data.balance_packs``.
 
         Raises:
-            ValueError: a source of the mixture is unknown, is empty, or has no sample that fits into a pack.
+            ValueError: a source of the mixture is unknown, is empty, or has no sample that fits into a pack; or
+                ``balance_packs`` does not divide ``global_batch_packs``.
         """
         self.corpus, self.budget, self.cost, self.seed = corpus, budget, cost, seed
         self.global_batch_packs, self.window_samples = global_batch_packs, window_samples
-        self.mixture = Mixture(weights)
+        self.balance_packs = _balance_packs(global_batch_packs, balance_packs)
+        self.rules = rules = rules or DrawRules()
+        self.mixture = Mixture(rules.weights(weights), sized=rules.unit != MixtureUnit.samples)
         for name in self.mixture.sources:
             _check_source(corpus, name, budget)
         self._sources = [corpus.sources[name] for name in self.mixture.sources]
-        self._shuffles = [Shuffle(len(source), seed, source.name) for source in self._sources]
+        window_rules = Rules(budget, cost, window_samples, global_batch_packs, self.balance_packs, rules.unit)
+        self._planner = WindowPlanner(self._sources, window_rules)
+        self._draw = Draw(self._sources, self.mixture, rules, seed, self._planner.amounts)
+        self._warned = False
         described = [
             corpus.fingerprint(),
-            {name: str(weights[name]) for name in self.mixture.sources},
+            {name: str(weights.get(name, 0.0)) for name in self.mixture.sources},
+            repr(rules),
             asdict(budget),
             global_batch_packs,
             window_samples,
             seed,
+            self.balance_packs,
+            asdict(cost),
         ]
         self.fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     @classmethod
-    def from_settings(cls, settings: TrainSettings, cost: CostFunction) -> Plan:
+    def from_settings(cls, settings: TrainSettings, cost: PackCost) -> Plan:
         """The plan of a run; opens the indexes of the sources that its mixture draws from.
 
         Raises:
@@ -187,16 +118,29 @@ class Plan:
         """
         stage, data = settings.stage, settings.data
         weights = {name: weight for name, weight in data.mixtures[stage.mixture].items() if weight > 0}
+        capacity = stage.steps * stage.global_batch_packs * stage.max_tokens
+        rules = DrawRules.from_settings(data, stage.mixture, capacity)
         corpus = Corpus.open(
-            {name: data.sources[name] for name in weights},
+            {name: data.sources[name] for name in rules.weights(weights).sources},
             settings.model.tokenizer,
             data.resolution,
             settings.model.text_tower.max_tokens if stage.objective == Objective.contrastive else None,
             data.storage,
+            data.plan_cache,
+            data.shuffle_group_blocks * -(-data.shuffle_block_rows // BLOCK_ROWS),
         )
         exclude(corpus, data.quarantine)
-        budget = Budget(stage.max_tokens, stage.max_patches)
-        return cls(corpus, weights, budget, stage.global_batch_packs, data.window_samples, settings.seed, cost)
+        return cls(
+            corpus,
+            weights,
+            Budget(stage.max_tokens, stage.max_patches),
+            stage.global_batch_packs,
+            data.window_samples,
+            settings.seed,
+            cost,
+            rules,
+            data.balance_packs,
+        )
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -209,149 +153,148 @@ class Plan:
 
     def start(self) -> PlanState:
         """State before the first step."""
-        return PlanState(self.fingerprint, 0, 0, 0, (0,) * len(self.sources), ())
+        none = (0,) * len(self.sources)
+        return PlanState(self.fingerprint, 0, 0, 0, none, (), none, none, 0)
+
+    def check_world_size(self, world_size: int) -> None:
+        """Warn where groups of like packs are smaller than a micro-step, so that its ranks wait for each other."""
+        if world_size > self.balance_packs:
+            log.warning(
+                "%d ranks read packs of one micro-step, and data.balance_packs=%d of them cost alike: ranks wait less "
+                "for each other with data.balance_packs=%d, and batches are less alike in their sources",
+                world_size,
+                self.balance_packs,
+                world_size,
+            )
 
     def batches(self, state: PlanState | None = None) -> Iterator[tuple[GlobalBatch, PlanState]]:
-        """Global batches without end, each with the state that continues behind it.
+        """Global batches, each with the state that continues behind it.
+
+        Without end, unless sources have a last epoch and no other is left. What is then left over, less than a global
+        batch, is reported as dropped by the last batch.
 
         Raises:
             ValueError: the state belongs to another plan.
         """
+        found = self._batches(state)
+        if not self._draw.may_end:
+            yield from found  # type: ignore[misc]
+            return
+        held: tuple[GlobalBatch, PlanState] | None = None
+        step = 0 if state is None else state.step
+        for item in found:
+            if isinstance(item, tuple):
+                if held is not None:
+                    yield held
+                held = item
+            elif held is not None:
+                held = _with_end(held[0], item), held[1]
+        if held is not None:
+            yield held
+        elif step == 0:
+            raise ValueError(
+                f"the data end before stage.global_batch_packs={self.global_batch_packs} packs are full: lower it, or "
+                "raise max_epochs in data.sources"
+            )
+
+    def _batches(self, state: PlanState | None) -> Iterator[tuple[GlobalBatch, PlanState] | _End]:
         state = state or self.start()
         if state.plan != self.fingerprint:
             raise ValueError(
-                "the checkpoint's data position belongs to another plan: the data, the mixture, data.window_samples, "
-                "data.resolution, stage.max_tokens, stage.max_patches, stage.global_batch_packs or seed has changed. "
-                "Restore them, or start a new run in another run_dir"
+                "the checkpoint's data position belongs to another plan: the data, their filters, epochs, mixture or "
+                "curriculum, data.window_samples, data.resolution, data.balance_packs, data.shuffle_block_rows, "
+                "data.shuffle_group_blocks, stage.max_tokens, stage.max_patches, stage.global_batch_packs, "
+                "stage.trainable, the model or seed has changed. Restore them, or start a new run in another run_dir"
             )
         dropped: tuple[Dropped, ...] = ()
+        none = (0,) * len(self.sources)
         while True:
-            window = self._plan_window(state)
+            window = self._planner.plan(
+                self._draw, state.draw, state.carried, seed_of(self.seed, "window", state.window)
+            )
             if not len(window.batches):
-                log.warning(
-                    "a window of data.window_samples=%d fills %d packs, fewer than stage.global_batch_packs=%d: "
-                    "planning goes on, but a larger window is faster and packs better",
-                    self.window_samples,
-                    len(window.packing),
-                    self.global_batch_packs,
-                )
+                left = tuple(Dropped(source, row, AT_THE_END) for source, row in window.carried)
+                yield _End(dropped + window.dropped + left, window.filtered)
+                return
+            self._check_window(window)
             # After a batch of this window its dropped samples have been reported.
             dropped += window.dropped if state.batch == 0 else ()
-            behind = PlanState(self.fingerprint, state.step, state.window + 1, 0, window.drawn, window.carried)
+            filtered = window.filtered if state.batch == 0 else none
+            behind = self._behind(state, window)
             for number in range(state.batch, len(window.batches)):
-                packs = tuple(self._pack(window, pack) for pack in window.batches[number].tolist())
-                batch = GlobalBatch(state.step, packs, dropped, _seed(self.seed, "steps", state.window, number))
+                seed = seed_of(self.seed, "steps", state.window, number)
+                batch = GlobalBatch(state.step, window.packs(number), dropped, seed, filtered)
                 state = replace(state, step=state.step + 1, batch=number + 1)
                 behind = replace(behind, step=state.step)
-                dropped = ()
+                dropped, filtered = (), none
                 yield batch, behind if state.batch == len(window.batches) else state
             state = behind
 
-    def _plan_window(self, state: PlanState) -> _Window:
-        source_numbers, drawn = self.mixture.draw(state.drawn, self.window_samples)
-        rows = np.empty(self.window_samples, dtype=np.int64)
-        for number, shuffle in enumerate(self._shuffles):
-            mine = np.flatnonzero(source_numbers == number)
-            rows[mine] = shuffle.rows(state.drawn[number] + np.arange(len(mine)))
-        fit, dropped = self._sort_out(source_numbers, rows)
-        carried = np.array(state.carried, dtype=np.int64).reshape(-1, 2)
-        sources = np.concatenate([carried[:, 0], source_numbers[fit]])
-        rows = np.concatenate([carried[:, 1], rows[fit]])
-        sizes = self._sizes(sources, rows)
-        packs = self.budget.packs(sizes.tokens, sizes.patches, multiple=self.global_batch_packs)
-        packing = pack_samples(sizes.tokens, sizes.patches, self.budget, packs, first=len(carried))
-        order = shuffled(packs, _seed(self.seed, "window", state.window))
-        return _Window(
-            sources=sources,
-            rows=rows,
-            sizes=sizes,
-            packing=packing,
-            costs=self.cost(sizes.map(packing.sums)),
-            batches=order.reshape(-1, self.global_batch_packs),
-            dropped=dropped,
-            drawn=drawn,
-            carried=tuple(zip(sources[packing.left].tolist(), rows[packing.left].tolist(), strict=True)),
+    def _behind(self, state: PlanState, window: Window) -> PlanState:
+        """Position behind the window that begins at ``state``."""
+        return replace(
+            state,
+            window=state.window + 1,
+            batch=0,
+            drawn=window.draw.passed,
+            carried=window.carried,
+            filtered=_sum(state.filtered, window.filtered),
+            spent=window.draw.mixture.spent,
+            origin=window.draw.mixture.origin,
         )
 
-    def _sort_out(self, sources: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, tuple[Dropped, ...]]:
-        """Draws that can be packed, and the others with the reason."""
-        sizes = self._sizes(sources, rows)
-        fit = self.budget.fits(sizes.tokens, sizes.patches)
-        reasons: dict[int, str] = {}
-        for place in np.flatnonzero(~fit).tolist():
-            reasons[place] = _over_budget(int(sizes.tokens[place]), int(sizes.patches[place]), self.budget)
-        for number, source in enumerate(self._sources):
-            if source.errors:
-                mine = np.flatnonzero(sources == number)
-                for place in mine[np.isin(rows[mine], list(source.errors))].tolist():
-                    reasons[place] = source.errors[int(rows[place])]
-        fit[list(reasons)] = False
-        dropped = (Dropped(int(sources[place]), int(rows[place]), reasons[place]) for place in sorted(reasons))
-        return np.flatnonzero(fit), tuple(dropped)
-
-    def _sizes(self, sources: np.ndarray, rows: np.ndarray) -> Sizes:
-        """Sizes of samples of several sources."""
-        order = np.argsort(sources, kind="stable")
-        grouped = rows[order]
-        bounds = np.searchsorted(sources[order], np.arange(len(self._sources) + 1))
-        parts = []
-        for source, start, stop in zip(self._sources, bounds[:-1], bounds[1:], strict=True):
-            parts.append(source.sizes.take(grouped[start:stop]))
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        return Sizes.concatenate(parts).take(back)
-
-    def _pack(self, window: _Window, pack: int) -> Pack:
-        members = window.packing.members(pack)
-        columns = (window.sources, window.rows, window.sizes.tokens, window.sizes.patches)
-        samples = zip(*(column[members].tolist() for column in columns), strict=True)
-        return Pack(tuple(PlannedSample(*sample) for sample in samples), float(window.costs[pack]))
+    def _check_window(self, window: Window) -> None:
+        """Warn, once, where a window is too small to balance."""
+        batches = len(window.batches)
+        if batches < ENOUGH_BATCHES and self.balance_packs > 1 and not window.ended and not self._warned:
+            self._warned = True
+            log.warning(
+                "a window of data.window_samples=%d makes %d global batches: ranks wait less for each other where it "
+                "makes %d or more, with data.window_samples=%d",
+                self.window_samples,
+                batches,
+                ENOUGH_BATCHES,
+                self.window_samples * -(-ENOUGH_BATCHES // batches),
+            )
 
 
-def assign(batch: GlobalBatch, world_size: int) -> list[list[Pack]]:
-    """Spread a global batch over micro-steps and ranks: ``[micro-step][rank] -> pack``.
+def _with_end(last: GlobalBatch, end: _End) -> GlobalBatch:
+    """The last batch, which also accounts for what came behind it."""
+    return replace(last, dropped=last.dropped + end.dropped, filtered=_sum(last.filtered, end.filtered))
 
-    Packs that run at the same time are neighbours in cost; the micro-steps and the ranks within them are shuffled.
-    Which samples the batch has does not depend on ``world_size``.
 
-    Raises:
-        ValueError: the packs do not divide over the ranks.
-    """
-    if len(batch.packs) % world_size:
+def _sum(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a + b for a, b in zip(left, right, strict=True))
+
+
+def _balance_packs(global_batch_packs: int, chosen: int | None) -> int:
+    """Packs of a group of like cost: as chosen, or the largest divisor of a global batch up to a quarter of it."""
+    if chosen is None:
+        return max(n for n in range(1, max(global_batch_packs // 4, 1) + 1) if global_batch_packs % n == 0)
+    if global_batch_packs % chosen:
         raise ValueError(
-            f"stage.global_batch_packs={len(batch.packs)} does not divide over {world_size} ranks: "
-            "set it to a multiple of the number of ranks"
+            f"data.balance_packs={chosen} does not divide stage.global_batch_packs={global_batch_packs}: set it to the "
+            "number of ranks, or to null"
         )
-    costs = np.array([pack.cost for pack in batch.packs])
-    by_cost = np.argsort(-costs, kind="stable").reshape(-1, world_size)
-    micro_steps = by_cost[shuffled(len(by_cost), batch.seed)].tolist()
-    ranks = [shuffled(world_size, _seed(batch.seed, number)).tolist() for number in range(len(micro_steps))]
-    return [[batch.packs[packs[place]] for place in order] for packs, order in zip(micro_steps, ranks, strict=True)]
+    return chosen
 
 
 def _check_source(corpus: Corpus, name: str, budget: Budget) -> None:
     source = corpus.sources.get(name)
     if source is None:
         raise ValueError(f"the mixture names the source '{name}', which data.sources does not have")
-    fits = budget.fits(source.sizes.tokens, source.sizes.patches)
-    fits[list(source.errors)] = False
-    if not fits.any():
-        raise ValueError(
-            f"data.sources.{name}: none of its {len(source)} samples can be used ({len(source.errors)} are unreadable, "
-            f"the others exceed stage.max_tokens={budget.max_tokens} or stage.max_patches={budget.max_patches}); "
-            "see `keye-data stats`, and raise the budgets, lower data.resolution or take the source out of the mixture"
-        )
-
-
-def _over_budget(tokens: int, patches: int, budget: Budget) -> str:
-    over = []
-    if tokens > budget.max_tokens:
-        over.append(f"{tokens} tokens > stage.max_tokens={budget.max_tokens}")
-    if patches > budget.max_patches:
-        over.append(f"{patches} patches > stage.max_patches={budget.max_patches}")
-    return OVER_BUDGET + ", ".join(over)
-
-
-def _seed(*parts: object) -> int:
-    """A seed of 64 bits from several values."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+    unreadable = filtered = 0
+    for start in range(0, len(source), SCAN_ROWS):  # as a rule, the first look finds one
+        looked = source.look(np.arange(start, min(start + SCAN_ROWS, len(source))))
+        fits = budget.fits(looked.sizes.tokens, looked.sizes.patches) & looked.keep
+        fits[list(looked.errors)] = False
+        if fits.any():
+            return
+        unreadable += len(looked.errors)
+        filtered += int((~looked.keep).sum())
+    raise ValueError(
+        f"data.sources.{name}: none of its {len(source)} samples can be used ({unreadable} are unreadable, {filtered} "
+        f"are kept out by its filter, the others exceed stage.max_tokens={budget.max_tokens} or "
+        f"stage.max_patches={budget.max_patches}); see `keye-data stats`, and raise the budgets, lower "
+        "data.resolution, loosen the filter or take the source out of the mixture"
+    )

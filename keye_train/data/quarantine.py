@@ -69,7 +69,7 @@ def exclude(corpus: Corpus, files: Sequence[str]) -> None:
     marked = 0
     for source in corpus.sources.values():
         rows = quarantine.rows(source)
-        source.errors.update(rows)
+        source.exclude(rows)
         marked += len(rows)
     corpus.quarantine = quarantine.fingerprint()
     log.info("data.quarantine: %d of %d listed samples are in this run's sources", marked, len(quarantine))

@@ -57,14 +57,15 @@ class FlopCoefficients:
         vision = config.vision
         inner = vision.hidden_size
         pixels = vision.num_channels * vision.patch_size**2
+        tower_patch, vision_pair = tower_flops(vision.num_hidden_layers, inner, vision.intermediate_size)
         return cls(
             language_token=2.0 * config.num_hidden_layers * layer,
             language_pair=4.0 * config.num_hidden_layers * heads,
             labelled_token=2.0 * width * config.vocab_size,
             pixel_patch=2.0 * pixels * inner,
-            tower_patch=2.0 * vision.num_hidden_layers * (4 * inner**2 + 2 * inner * vision.intermediate_size),
+            tower_patch=tower_patch,
             projector_patch=2.0 * ((4 * inner) ** 2 + 4 * inner * width) / 4,
-            vision_pair=4.0 * vision.num_hidden_layers * inner,
+            vision_pair=vision_pair,
         )
 
     def for_training(self, trainable: Collection[str] = TOWERS) -> FlopCoefficients:
@@ -115,6 +116,11 @@ class FlopCoefficients:
         """
         towers = self.language(sample_lengths).sum() + self.vision(vision_lengths).sum()
         return float(towers + self.labelled_token * labelled_tokens)
+
+
+def tower_flops(layers: int, width: int, inner_width: int) -> tuple[float, float]:
+    """Operations of a forward of the layers of a SigLIP tower: for each position, and for each pair of them."""
+    return 2.0 * layers * (4 * width**2 + 2 * width * inner_width), 4.0 * layers * width
 
 
 def pack_flops(config: KeyeConfig, sample_lengths: Lengths, vision_lengths: Lengths, labelled_tokens: int = 0) -> float:

@@ -10,7 +10,10 @@ Units stand in the names: ``_tokens`` are tokens of the language model (one toke
 
 from keye_train.settings.basics import MODULES, MergeMethod, Objective, Precision, ScheduleShape, SettingsError
 from keye_train.settings.data import (
+    CurriculumPoint,
+    CurriculumSettings,
     DataSettings,
+    MixtureUnit,
     ResolutionSettings,
     SourceSettings,
     StorageSettings,
@@ -50,6 +53,8 @@ __all__ = [
     "AnswerSettings",
     "CaptionDecoderSettings",
     "CheckpointSettings",
+    "CurriculumPoint",
+    "CurriculumSettings",
     "DataSettings",
     "DeepSpeedSettings",
     "EvaluationSettings",
@@ -57,6 +62,7 @@ __all__ = [
     "LoggingSettings",
     "MergeMethod",
     "MergeSettings",
+    "MixtureUnit",
     "ModelSettings",
     "ModuleRateSettings",
     "Objective",

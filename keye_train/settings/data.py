@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
 
 from keye_train.settings.basics import SettingsError
 
@@ -74,6 +75,46 @@ class SourceSettings:
     max_skipped_fraction: float | None = None
     """The run stops when more than this share of this source's samples could not be read; None: only
     ``data.max_skipped_fraction`` of all sources together counts."""
+    filter: str | None = None
+    """Which samples are drawn, e.g. ``text_tokens >= 8 and (images == 1 or duration < 60) and task != "chart"``.
+    Columns and operators stand in ``keye_train.data.filters``. The others are passed over, as if not there."""
+    max_epochs: int | None = None
+    """How often the rows are drawn at most; then the source leaves the mixture and the others go on by their weights.
+    1: every row once. null: without end."""
+
+
+class MixtureUnit(str, Enum):
+    """What the weights of a mixture are shares of."""
+
+    samples = "samples"
+    """Every prefix of the draw holds each source within one sample of its share."""
+    tokens = "tokens"
+    """Language tokens, media included; within about the largest sample. Samples that cannot be read, or are over the
+    budget, count 0."""
+    compute = "compute"
+    """FLOPs of both towers as ``model.flops`` counts them; within about the dearest sample."""
+
+
+@dataclass
+class CurriculumPoint:
+    """From where on a mixture has other weights."""
+
+    at: float
+    """Fraction of ``over``, above 0."""
+    mixture: str
+    """Name of the mixture whose weights hold there."""
+
+
+@dataclass
+class CurriculumSettings:
+    """How the weights of a mixture change with what has been drawn. At the start they are its own."""
+
+    points: list[CurriculumPoint]
+    over: float | None = None
+    """What is drawn up to ``at: 1``, in samples, tokens or FLOPs as ``mixture_unit`` says. null, for tokens only: what
+    the packs of the stage hold (steps x global_batch_packs x max_tokens)."""
+    linear: bool = True
+    """Shares run in straight lines from point to point; false: they stay until the next point."""
 
 
 @dataclass
@@ -100,7 +141,10 @@ class DataSettings:
     """Folder of the data; the paths below are written as ``${data.root}/...``, so one override moves them all."""
     sources: dict[str, SourceSettings]
     mixtures: dict[str, dict[str, float]]
-    """Name of a mixture -> source -> weight. Weights are shares of the samples drawn; they need not sum to 1."""
+    """Name of a mixture -> source -> weight. Weights are shares of ``mixture_unit``; they need not sum to 1."""
+    mixture_unit: MixtureUnit = MixtureUnit.samples
+    curricula: dict[str, CurriculumSettings] = field(default_factory=dict)
+    """Name of a mixture -> how its weights change."""
     heldout: dict[str, SourceSettings] = field(default_factory=dict)
     """Task -> shards that no stage trains on; ``keye-eval`` generates on them."""
     heldout_pairs: SourceSettings | None = None
@@ -111,7 +155,23 @@ class DataSettings:
     storage: StorageSettings = field(default_factory=StorageSettings)
     video_backend: VideoBackend = VideoBackend.pyav
     window_samples: int = 65536
-    """Samples drawn, as metadata only, before they are packed together."""
+    """Samples drawn, as metadata only, before they are packed together; a few more fill the last global batch."""
+    balance_packs: int | None = None
+    """Packs of like cost that a global batch is made of: the number of ranks, for which no rank then waits for another;
+    nor does it at a divisor of that number. A divisor of ``stage.global_batch_packs``; null: a quarter of it. Where it
+    is more than a quarter, batches are less alike in their sources. The samples of a step follow from this number,
+    never from the actual number of ranks."""
+    shuffle_block_rows: int = 128
+    """Neighbouring rows that stay together in sources larger than a group; see ``keye_train.data.blocks``."""
+    shuffle_group_blocks: int = 8192
+    """Blocks, from all parts of a source, whose rows are shuffled together. More mix better, make a window read from
+    more shards, and take memory: 26 bytes for each row of a group. Windows are about as alike as those of a full
+    shuffle where this is a quarter of the samples that a window draws from a source, or as many as its shards. Sources
+    of at most shuffle_block_rows * shuffle_group_blocks rows are shuffled row by row."""
+    plan_cache: str | None = None
+    """Folder, best on a disk of the machine, that keeps the headers of shards and measured sizes (17 bytes a sample of
+    the shards looked at) for all processes and later starts. null: each process measures for itself. May be deleted at
+    any time between runs."""
     workers: int = 2
     """Reader processes for each rank; 0 reads in the training process."""
     prefetch_steps: int = 2
@@ -143,6 +203,7 @@ def check_data(data: DataSettings) -> None:
                 raise SettingsError(f"data.mixtures.{mixture}.{source}={weight}: weights are >= 0")
         if not any(weight > 0 for weight in weights.values()):
             raise SettingsError(f"data.mixtures.{mixture} has no source with a weight above 0")
+    _check_draw(data)
     for name, task in data.zeroshot.items():
         if len(task.classes) < 2 or not all(task.classes.values()) or not task.prompts:
             raise SettingsError(f"data.zeroshot.{name} needs at least two classes, a word for each, and a prompt")
@@ -161,6 +222,8 @@ def check_data(data: DataSettings) -> None:
             raise SettingsError(f"data.resolution.{low} must be above 0 and at most data.resolution.{high}")
     if resolution.video_fps <= 0:
         raise SettingsError("data.resolution.video_fps must be above 0")
+    if data.balance_packs is not None and data.balance_packs < 1:
+        raise SettingsError(f"data.balance_packs={data.balance_packs} must be at least 1, or null")
     if data.window_samples < 1 or data.prefetch_steps < 1 or data.workers < 0:
         raise SettingsError("data.window_samples and data.prefetch_steps are at least 1, data.workers at least 0")
     fractions = {f"sources.{name}.": one.max_skipped_fraction for name, one in data.sources.items()}
@@ -177,3 +240,34 @@ def check_data(data: DataSettings) -> None:
     for name in ("index_dir", "cache_dir"):
         if "://" in (getattr(storage, name) or ""):
             raise SettingsError(f"data.storage.{name}={getattr(storage, name)} has to be a local folder")
+
+
+def _check_draw(data: DataSettings) -> None:
+    for name, source in data.sources.items():
+        if source.max_epochs is not None and source.max_epochs < 1:
+            raise SettingsError(f"data.sources.{name}.max_epochs={source.max_epochs}: at least 1, or null for no end")
+    read_whole = {f"data.heldout.{name}": source for name, source in data.heldout.items()}
+    if data.heldout_pairs is not None:
+        read_whole["data.heldout_pairs"] = data.heldout_pairs
+    for setting, source in read_whole.items():
+        if source.filter is not None or source.max_epochs is not None:
+            raise SettingsError(
+                f"{setting}: filter and max_epochs are for data.sources; held-out shards are read whole"
+            )
+    for name, curriculum in data.curricula.items():
+        setting = f"data.curricula.{name}"
+        for mixture in (name, *(point.mixture for point in curriculum.points)):
+            if mixture not in data.mixtures:
+                raise SettingsError(
+                    f"{setting} names the mixture '{mixture}', which data.mixtures does not have; mixtures: "
+                    f"{sorted(data.mixtures)}"
+                )
+        places = [0.0, *(point.at for point in curriculum.points)]
+        if len(places) < 2 or any(left >= right for left, right in pairwise(places)):
+            raise SettingsError(f"{setting}.points: at least one point, with 'at' above 0 and ascending")
+        if curriculum.over is None and data.mixture_unit != MixtureUnit.tokens:
+            raise SettingsError(f"{setting}.over: say how many {data.mixture_unit.value} (compute: FLOPs) are at: 1")
+        if curriculum.over is not None and curriculum.over * min(places[1:]) < 1:
+            raise SettingsError(f"{setting}.over={curriculum.over} puts its first point below one {data.mixture_unit}")
+    if data.shuffle_block_rows < 1 or data.shuffle_group_blocks < 1:
+        raise SettingsError("data.shuffle_block_rows and data.shuffle_group_blocks are at least 1")

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from keye_train.data.collate import LoadedPack
+from keye_train.data.cost import training_cost
 from keye_train.data.ledger import Ledger, SkipLimit, unreadable
 from keye_train.data.loader import Loader, StepData
-from keye_train.data.plan import Plan, PlanState, flop_cost
-from keye_train.model import keye_config, module_parameters
+from keye_train.data.plan import Plan, PlanState
+from keye_train.model import module_parameters
 from keye_train.model.pretrained import load_state
 from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.sample import SampleRef
@@ -86,7 +87,8 @@ class Trainer:
         self.run_dir = Path(settings.run_dir)
         self._stop_request = stop_request
         settings.gradient_accumulation(world.size)  # refuses a world size that does not divide the global batch
-        self.plan = Plan.from_settings(settings, flop_cost(keye_config(settings.model), self.stage.objective))
+        self.plan = Plan.from_settings(settings, training_cost(settings))
+        self.plan.check_world_size(world.size)
         self.processor = SampleEncoder.from_settings(
             settings.model, settings.data.resolution, settings.data.video_backend, settings.data.scaled_jpeg
         )
@@ -135,7 +137,16 @@ class Trainer:
         """All remaining steps; the signal that stopped them, or 0."""
         while self.state.step < self.stage.steps:
             began = time.monotonic()
-            data = next(loader)
+            data = next(loader, None)
+            if data is None:  # on every rank at the same step: all have the same plan
+                logger.warning(
+                    "the data ended after %d of stage.steps=%d: every source has had its max_epochs; set stage.steps "
+                    "to that number, so that the learning rate ends with the data, or raise max_epochs",
+                    self.state.step,
+                    self.stage.steps,
+                )
+                checkpoint.save(self.run_dir, self.engine, self.state, self.world, self.settings.checkpoint.keep)
+                return 0
             data_wait_s = time.monotonic() - began
             ledger.record(data)
             counts = self._count(data)

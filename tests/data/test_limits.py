@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from nasty_encoder import NastyEncoder
-from test_loader import Sources, assert_same, make_loader, read_all, toy_cost
+from test_loader import TOY_COST, Sources, assert_same, make_loader, read_all
 from toy_shards import toy_settings
 
 from data_tools.shards import sample_key
@@ -29,7 +29,7 @@ def texts(**nasty: str) -> list[dict[str, bytes]]:
 
 def nasty_loader(settings: TrainSettings) -> Loader:
     encoder = NastyEncoder.from_settings(settings.model, settings.data.resolution)
-    return Loader(Plan.from_settings(settings, toy_cost), encoder, 0, 1, settings)
+    return Loader(Plan.from_settings(settings, TOY_COST), encoder, 0, 1, settings)
 
 
 def source(path: Path, make_shard: Callable[..., Path], nasty: dict[str, str]) -> Sources:

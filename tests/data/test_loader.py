@@ -16,7 +16,7 @@ import torch
 from toy_shards import Members, mixed_samples, picture, toy_settings
 
 from data_tools.shards import sample_key, write_shard
-from keye_train.data.corpus import Sizes
+from keye_train.data.cost import PackCost
 from keye_train.data.index import index_path
 from keye_train.data.ledger import Ledger, SkipLimit, read_ledger
 from keye_train.data.loader import Loader, StepData
@@ -30,12 +30,11 @@ MakeShard = Callable[..., Path]
 Sources = dict[str, SourceSettings]
 
 
-def toy_cost(sizes: Sizes):
-    return sizes.tokens_squared + 50.0 * sizes.tokens + sizes.patches
+TOY_COST = PackCost(token=50.0, token_squared=1.0, patch=1.0, patch_squared=0.0)
 
 
 def make_loader(settings: TrainSettings, rank: int = 0, world_size: int = 1, state: PlanState | None = None) -> Loader:
-    plan = Plan.from_settings(settings, toy_cost)
+    plan = Plan.from_settings(settings, TOY_COST)
     processor = SampleEncoder.from_settings(settings.model, settings.data.resolution)
     return Loader(plan, processor, rank, world_size, settings, state)
 
@@ -283,4 +282,4 @@ def test_a_tokenizer_that_is_not_of_the_index_is_refused_before_reading(
     toy_sources: Sources, foreign_tokenizer_dir: Path
 ) -> None:
     with pytest.raises(ValueError, match="another tokenizer"):
-        Plan.from_settings(toy_settings(toy_sources, foreign_tokenizer_dir), toy_cost)
+        Plan.from_settings(toy_settings(toy_sources, foreign_tokenizer_dir), TOY_COST)

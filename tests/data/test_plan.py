@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from dataclasses import asdict
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -13,14 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keye_train.compose import load_settings
 from keye_train.data.corpus import Corpus, Sizes, Source
+from keye_train.data.cost import PackCost, language_cost, training_cost
 from keye_train.data.index import ShardHeader
-from keye_train.data.mixture import Shuffle
+from keye_train.data.mixture import Shuffle, shuffled
 from keye_train.data.packing import Budget
-from keye_train.data.plan import GlobalBatch, Plan, PlanState, assign, flop_cost
-from keye_train.model.configuration import KeyeConfig
+from keye_train.data.plan import GlobalBatch, Plan, PlanState, assign
+from keye_train.model.configuration import KeyeConfig, keye_config
 from keye_train.model.flops import FlopCoefficients, pack_flops
-from keye_train.settings import Objective, ResolutionSettings
+from keye_train.settings import ResolutionSettings, TrainSettings
 
 
 def toy_source(name: str, rows: int, seed: int, errors: dict[int, str] | None = None) -> Source:
@@ -33,8 +36,7 @@ def toy_source(name: str, rows: int, seed: int, errors: dict[int, str] | None = 
     return Source(name, (header,), np.array([0, rows]), sizes, errors or {})
 
 
-def toy_cost(sizes: Sizes) -> np.ndarray:
-    return sizes.tokens * 10.0 + sizes.tokens_squared + sizes.patches * 3.0 + sizes.patches_squared * 0.1
+TOY_COST = PackCost(token=10.0, token_squared=1.0, patch=3.0, patch_squared=0.1)
 
 
 def toy_plan(
@@ -42,7 +44,7 @@ def toy_plan(
 ) -> Plan:
     sources = {"a": toy_source("a", 150, 1, errors), "b": toy_source("b", 60, 2), "c": toy_source("c", 30, 3)}
     corpus = Corpus(sources, ResolutionSettings())
-    return Plan(corpus, weights or {"a": 0.6, "b": 0.3, "c": 0.1}, Budget(128, 300), packs, window, seed, toy_cost)
+    return Plan(corpus, weights or {"a": 0.6, "b": 0.3, "c": 0.1}, Budget(128, 300), packs, window, seed, TOY_COST)
 
 
 def rows_of(batch: GlobalBatch) -> list[tuple[int, int]]:
@@ -104,7 +106,7 @@ def test_packs_that_run_together_cost_alike() -> None:
     for batch, _ in islice(toy_plan(packs=32, window=2000).batches(), 30):
         costs = np.array([[pack.cost for pack in micro_step] for micro_step in assign(batch, 8)])
         together.append((costs.max(axis=1) / costs.mean(axis=1)).mean())
-        plain = np.array([pack.cost for pack in batch.packs]).reshape(4, 8)
+        plain = np.array([pack.cost for pack in batch.packs])[shuffled(32, batch.step)].reshape(4, 8)  # by chance
         apart.append((plain.max(axis=1) / plain.mean(axis=1)).mean())
     assert np.mean(together) - 1 < 0.5 * (np.mean(apart) - 1)
 
@@ -145,7 +147,7 @@ def test_no_sample_waits_twice() -> None:
 
 def test_samples_over_the_budget_are_dropped_with_the_setting_to_change() -> None:
     corpus = Corpus({"a": toy_source("a", 150, 1)}, ResolutionSettings())
-    plan = Plan(corpus, {"a": 1.0}, Budget(60, 100), 2, 150, 0, toy_cost)
+    plan = Plan(corpus, {"a": 1.0}, Budget(60, 100), 2, 150, 0, TOY_COST)
     batch, _ = next(plan.batches())
     assert batch.dropped
     for sample in batch.dropped:
@@ -156,13 +158,42 @@ def test_samples_over_the_budget_are_dropped_with_the_setting_to_change() -> Non
         assert (f"{patches} patches > stage.max_patches=100" in sample.reason) == (patches > 100)
 
 
+def sums_of(samples: np.ndarray, media: np.ndarray) -> Sizes:
+    return Sizes(*(np.array([total]) for total in (samples.sum(), (samples**2).sum(), media.sum(), (media**2).sum())))
+
+
 def test_the_cost_of_a_pack_is_that_of_the_model() -> None:
     config = KeyeConfig()
     samples, media = np.array([100, 2000, 31]), np.array([64, 3000])
-    sums = Sizes(*(np.array([total]) for total in (samples.sum(), (samples**2).sum(), media.sum(), (media**2).sum())))
-    np.testing.assert_allclose(flop_cost(config)(sums), pack_flops(config, samples, media), rtol=1e-12)
-    vision = FlopCoefficients.of(config).vision(media).sum()
-    np.testing.assert_allclose(flop_cost(config, Objective.contrastive)(sums), vision, rtol=1e-12)
+    cost = language_cost(FlopCoefficients.of(config))(sums_of(samples, media))
+    np.testing.assert_allclose(cost, pack_flops(config, samples, media), rtol=1e-12)
+
+
+def test_the_cost_of_a_pack_of_pairs_counts_both_towers_and_the_decoder() -> None:
+    """Against FlopCoefficients of a decoder that sees images and captions as samples of a language model."""
+    base = ["stage=0_vision", "model=tiny", "data=demo"]
+    media, places = np.array([64, 400]), 64
+    for weight, trained in ((0.0, "[vision,text_tower]"), (2.0, "[vision,text_tower,caption_decoder]")):
+        settings = load_settings(
+            TrainSettings, "train", [*base, f"stage.caption_weight={weight}", f"stage.trainable={trained}"]
+        )
+        places = settings.model.text_tower.max_tokens
+        sizes = sums_of(np.full(len(media), places), media)
+        vision = FlopCoefficients.of(keye_config(settings.model)).for_training(["vision"])
+        text = settings.model.text_tower
+        weights = text.num_hidden_layers * (4 * text.hidden_size**2 + 2 * text.hidden_size * text.intermediate_size)
+        pairs = text.num_hidden_layers * 4 * text.hidden_size * places**2
+        expected = 3 * len(media) * (2 * weights * places + pairs)
+        expected += (vision.pixel_patch + vision.tower_patch) * media.sum() + vision.vision_pair * (media**2).sum()
+        if weight:
+            shape = asdict(settings.model.caption_decoder)
+            head_dim = shape["hidden_size"] // shape["num_attention_heads"]
+            own = KeyeConfig(**shape, vocab_size=text.vocab_size, head_dim=head_dim)
+            own.vision_config = keye_config(settings.model).vision
+            decoder = FlopCoefficients.of(own).for_training()
+            expected += decoder.language(media // 4 + places).sum() + decoder.projector_patch * media.sum()
+            expected += decoder.labelled_token * len(media) * places
+        np.testing.assert_allclose(training_cost(settings)(sizes), [expected], rtol=1e-12)
 
 
 def test_a_state_of_another_plan_is_refused() -> None:
@@ -176,7 +207,7 @@ def test_impossible_mixtures_are_refused_at_the_start() -> None:
         toy_plan(x=1.0)
     corpus = Corpus({"a": toy_source("a", 20, 1)}, ResolutionSettings())
     with pytest.raises(ValueError, match=r"data\.sources\.a: none of its 20 samples can be used"):
-        Plan(corpus, {"a": 1.0}, Budget(1, 10), 2, 100, 0, toy_cost)
+        Plan(corpus, {"a": 1.0}, Budget(1, 10), 2, 100, 0, TOY_COST)
     batch, _ = next(toy_plan(packs=6).batches())
     with pytest.raises(ValueError, match="does not divide over 4 ranks"):
         assign(batch, 4)
@@ -185,7 +216,8 @@ def test_impossible_mixtures_are_refused_at_the_start() -> None:
 def test_going_on_at_a_billion_samples_takes_no_longer_than_at_the_start() -> None:
     plan = toy_plan(window=2000)
     start = plan.start()
-    far = PlanState(plan.fingerprint, 10**7, 500_000, 0, (600_000_000, 300_000_000, 100_000_000), ())
+    counts = (600_000_000, 300_000_000, 100_000_000)
+    far = PlanState(plan.fingerprint, 10**7, 500_000, 0, counts, (), (0, 0, 0), counts, 0)
     seconds = []
     for state in (start, far):
         begin = time.process_time()

@@ -19,9 +19,9 @@ from data_tools.samples import Album, frames_of
 from data_tools.simulation import Distribution, simulate
 from data_tools.view_cmd import ViewOptions, first_planned
 from keye_train import compose
+from keye_train.data.cost import training_cost
 from keye_train.data.loader import Loader, ReadTask
-from keye_train.data.plan import Plan, assign, flop_cost
-from keye_train.model import keye_config
+from keye_train.data.plan import Plan, assign
 from keye_train.model.images import decode_image, to_patches
 from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.settings import SourceSettings, TrainSettings
@@ -97,7 +97,7 @@ def recipes(toy: TrainSettings, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def toy_plan(settings: TrainSettings) -> Plan:
-    return Plan.from_settings(settings, flop_cost(keye_config(settings.model), settings.stage.objective))
+    return Plan.from_settings(settings, training_cost(settings))
 
 
 # ---------------------------------------------------------------------------------------------------------- plan

@@ -28,7 +28,7 @@ from toy_shards import mixed_samples, picture, toy_settings
 from data_tools.cli import main
 from data_tools.shards import sample_key, write_shard
 from keye_train.data.cache import ShardCache
-from keye_train.data.corpus import Sizes
+from keye_train.data.cost import PackCost
 from keye_train.data.index import build_index, find_shards, index_path, open_header, tokenizer_fingerprint
 from keye_train.data.loader import Loader
 from keye_train.data.paths import index_file
@@ -160,15 +160,14 @@ def remote(bucket: str, tmp_path_factory: pytest.TempPathFactory, make_shard: Ma
     return folder, f"{bucket}/toy"
 
 
-def toy_cost(sizes: Sizes):
-    return sizes.tokens_squared + 50.0 * sizes.tokens + sizes.patches
+TOY_COST = PackCost(token=50.0, token_squared=1.0, patch=1.0, patch_squared=0.0)
 
 
 def read_packs(pattern: str, tokenizer_dir: Path, storage: StorageSettings, workers: int) -> list[tuple]:
     """All that packs hold but the paths of their shards, in order."""
     run = toy_settings({"a": SourceSettings([pattern])}, tokenizer_dir, workers=workers, steps=3, storage=storage)
     run.data.mixtures = {"mix": {"a": 1.0}}
-    plan = Plan.from_settings(run, toy_cost)
+    plan = Plan.from_settings(run, TOY_COST)
     with Loader(plan, SampleEncoder.from_settings(run.model, run.data.resolution), 0, 1, run) as loader:
         packs = [pack for step in loader for pack in step.packs]
     return [([ref.key for ref in pack.refs], pack.skipped, pack.inputs) for pack in packs]

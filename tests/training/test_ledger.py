@@ -12,6 +12,7 @@ from corpus import ToyCorpus
 from data_tools.cli import main
 from keye_train import runs
 from keye_train.data.audit import audit_run
+from keye_train.data.plan import AT_THE_END
 from keye_train.data.reader import walk_shard
 from keye_train.settings import SettingsError
 from keye_train.training import trainer
@@ -108,3 +109,32 @@ def test_quarantined_samples_are_left_out_and_can_be_read_apart(
         train(toy_corpus.settings(STAGE, run_dir, "stage.steps=12"))
     with pytest.raises(ValueError, match="does not exist; write it with keye-data ledger"):
         train(toy_corpus.settings(STAGE, tmp_path / "other", "data.quarantine=[none.jsonl]"))
+
+
+def test_a_run_to_the_end_of_filtered_data_is_accounted_for(toy_corpus: ToyCorpus, tmp_path: Path) -> None:
+    """One epoch of two sources, one of them filtered: every row that passes comes once, then the run ends."""
+    settings = toy_corpus.settings(
+        STAGE,
+        tmp_path / "run",
+        "stage.steps=500",
+        "data.sources.pairs.max_epochs=1",
+        "data.sources.text.max_epochs=1",
+        "data.sources.text.filter='text_tokens > 36'",
+        "data.mixtures.multitask.images=0.0",
+        "data.mixtures.multitask.clips=0.0",
+    )
+    assert train(settings) == 0
+    audit = audit_run(tmp_path / "run")
+    assert audit.problems == []
+    assert 0 < audit.steps < 500
+    pairs, text = sorted(audit.sources, key=lambda one: one.name)
+    assert (pairs.planned, pairs.filtered) == (pairs.size, 0)
+    assert text.planned + text.filtered == text.size
+    assert text.filtered > 0
+    assert all(one.repeated == 0 for one in audit.sources)
+    rest = [line["reason"] for line in audit.skipped]
+    assert rest  # less than a global batch was left,
+    assert set(rest) <= {AT_THE_END, *(reason for reason in rest if "broken" in reason)}
+    bad = tmp_path / "bad.jsonl"
+    assert command(str(tmp_path / "run"), "--quarantine", str(bad)) == 0
+    assert AT_THE_END not in bad.read_text()  # which says nothing against those samples

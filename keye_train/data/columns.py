@@ -1,0 +1,218 @@
+"""Measured sizes of the samples of a source, block by block: what is looked at is measured, what is old is forgotten.
+
+With a cache folder, the sizes of a shard are measured once for all processes of the machine and for every later start,
+17 bytes a sample (see ``kept``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import groupby, pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from keye_train.data.filters import INDEX_COLUMNS, Filter, filter_columns
+from keye_train.data.index import INDEX_VERSION, read_rows
+from keye_train.data.kept import ROW, read_kept, write_kept
+from keye_train.data.measure import Sizes, measure
+from keye_train.data.paths import index_file
+from keye_train.data.storage import is_url
+from keye_train.settings import ResolutionSettings, StorageSettings
+
+BLOCK_ROWS = 128
+"""Rows that are measured and forgotten together: a block of ``data.shuffle_block_rows`` as it is set by default."""
+
+KEPT_ROWS = 1_500_000
+"""Rows of a source that stay in memory at least, at 17 bytes: a group of blocks of the usual size and half the next."""
+
+PART_ROWS = 131_072
+"""Rows that are read and measured together."""
+
+READERS = 8
+"""Indexes read at the same time."""
+
+KNOWN_MEDIA = 100_000
+"""Different sizes of media whose cost is remembered."""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How rows of a shard become sizes."""
+
+    resolution: ResolutionSettings
+    pair_tokens: int | None = None  # see ``Corpus.open``
+    filter: Filter | None = None
+    cache: Path | None = None  # folder
+    rows_from: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # shard -> ``ShardHeader.rows_from``
+    storage: StorageSettings | None = None
+    group_blocks: int = 0  # blocks that one window may look at, see ``data.shuffle_group_blocks``
+
+    @cached_property
+    def _described(self) -> str:
+        resolution = sorted(asdict(self.resolution).items())
+        return json.dumps([INDEX_VERSION, resolution, self.pair_tokens, self.filter.text if self.filter else None])
+
+    def cache_path(self, shard: str) -> Path | None:
+        """File of the measured rows of a shard; everything that decides them is in its name."""
+        if self.cache is None:
+            return None
+        name = hashlib.sha256(repr((self._described, self.rows_from[shard])).encode()).hexdigest()[:32]
+        return self.cache / name[:2] / f"{name}.sizes"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some neighbouring rows, measured."""
+
+    rows: np.ndarray  # [n] of ROW
+    errors: dict[int, str]  # row of the block -> why the sample cannot be trained on
+
+
+class BlockStore:
+    """Sizes of a source by row."""
+
+    def __init__(self, shards: Sequence[str], first_rows: np.ndarray, measuring: Measuring) -> None:
+        self._shards, self._first_rows, self._measuring = tuple(shards), first_rows, measuring
+        self._blocks: OrderedDict[int, Block] = OrderedDict()
+        self._known: dict[tuple, tuple[int, int] | str] = {}
+
+    def look(self, rows: np.ndarray) -> tuple[Sizes, np.ndarray, dict[int, str]]:
+        """Sizes of some rows, which of them pass the filter, and place -> reason where one cannot be trained on."""
+        order = np.argsort(rows, kind="stable")
+        numbers, starts = np.unique(rows[order] // BLOCK_ROWS, return_index=True)
+        bounds = [*starts.tolist(), len(rows)]
+        found = np.empty(len(rows), dtype=ROW)
+        errors: dict[int, str] = {}
+        # In parts, so that looking at a whole corpus holds no more than looking at a window.
+        step = max(PART_ROWS // BLOCK_ROWS, 1)
+        for part in range(0, len(numbers), step):
+            own = numbers[part : part + step].tolist()
+            blocks = self._load(own)
+            first, behind = bounds[part], bounds[part + len(own)]
+            places = order[first:behind]
+            held = np.concatenate([blocks[number].rows for number in own])
+            offsets = np.cumsum([0] + [len(blocks[number].rows) for number in own])
+            which = np.searchsorted(numbers[part : part + len(own)], rows[places] // BLOCK_ROWS)
+            found[places] = held[offsets[which] + rows[places] % BLOCK_ROWS]
+            for place, number in enumerate(own):
+                if blocks[number].errors:
+                    mine = order[bounds[part + place] : bounds[part + place + 1]].tolist()
+                    inside = (rows[mine] % BLOCK_ROWS).tolist()
+                    reasons = blocks[number].errors
+                    errors |= {i: reasons[row] for i, row in zip(mine, inside, strict=True) if row in reasons}
+        tokens, patches = found["tokens"].astype(np.int64), found["patches"].astype(np.int64)
+        sizes = Sizes(tokens, tokens**2, patches, found["patches_squared"].astype(np.int64))
+        return sizes, found["keep"], errors
+
+    def _load(self, numbers: list[int]) -> dict[int, Block]:
+        """Blocks by number; the ones that are not at hand are read, each shard of theirs once."""
+        missing = [number for number in numbers if number not in self._blocks]
+        if missing:
+            self._blocks.update(self._read(missing))
+        wanted = {}
+        for number in numbers:
+            self._blocks.move_to_end(number)
+            wanted[number] = self._blocks[number]
+        while len(self._blocks) > max(KEPT_ROWS // BLOCK_ROWS, 3 * self._measuring.group_blocks // 2, 1):
+            self._blocks.popitem(last=False)
+        return wanted
+
+    def _read(self, numbers: list[int]) -> dict[int, Block]:
+        """Read blocks, ascending, and measure them together."""
+        total = int(self._first_rows[-1])
+        spans = [span for number in numbers for span in self._spans(number, total)]
+        by_shard = [(shard, [span[1:] for span in own]) for shard, own in groupby(spans, key=lambda span: span[0])]
+        with ThreadPoolExecutor(READERS) as pool:
+            read: list[Block | pa.Table] = list(pool.map(lambda item: self._read_shard(*item), by_shard))
+        tables = [part for part in read if isinstance(part, pa.Table)]
+        if tables:
+            measured = iter(_split(self._measure(pa.concat_tables(tables)), [len(table) for table in tables]))
+            read = [next(measured) if isinstance(part, pa.Table) else part for part in read]
+        lengths = [min(BLOCK_ROWS, total - number * BLOCK_ROWS) for number in numbers]
+        return dict(zip(numbers, _split(_joined(read), lengths), strict=True))
+
+    def _spans(self, number: int, total: int) -> list[tuple[int, int, int]]:
+        """Shards of a block, each with its rows there: (shard, start, stop)."""
+        start, stop = number * BLOCK_ROWS, min((number + 1) * BLOCK_ROWS, total)
+        shard = int(np.searchsorted(self._first_rows, start, side="right")) - 1
+        spans = []
+        while start < stop:
+            first, behind = int(self._first_rows[shard]), int(self._first_rows[shard + 1])
+            end = min(stop, behind)
+            if end > start:
+                spans.append((shard, start - first, end - first))
+            start, shard = end, shard + 1
+        return spans
+
+    def _read_shard(self, shard: int, spans: list[tuple[int, int]]) -> Block | pa.Table:
+        """Some stretches of rows of a shard, one behind the other: measured, where they are kept, or as they are."""
+        name = self._shards[shard]
+        path = self._measuring.cache_path(name)
+        if path is not None:
+            total = int(self._first_rows[shard + 1] - self._first_rows[shard])
+            found = read_kept(path, spans, total)
+            if found is None:
+                whole = self._measure(self._table(name, 0, total))
+                write_kept(path, whole.rows, whole.errors)
+                found = [whole.rows[start:stop] for start, stop in spans], whole.errors
+            rows, account = found
+            starts = np.cumsum([0] + [len(part) for part in rows]).tolist()
+            errors = {
+                first + row - start: reason
+                for row, reason in account.items()
+                for first, (start, stop) in zip(starts, spans, strict=False)
+                if start <= row < stop
+            }
+            return Block(np.concatenate(rows), errors)
+        first, behind = spans[0][0], spans[-1][1]
+        remote = is_url(index_file(name, self._measuring.storage))  # fetched whole in any case
+        if remote or behind - first <= 2 * sum(stop - start for start, stop in spans):
+            table = self._table(name, first, behind)
+            return pa.concat_tables([table.slice(start - first, stop - start) for start, stop in spans])
+        return pa.concat_tables([self._table(name, start, stop) for start, stop in spans])
+
+    def _table(self, shard: str, start: int, stop: int) -> pa.Table:
+        columns = INDEX_COLUMNS if self._measuring.filter else ("text_tokens", "media", "error")
+        return read_rows(shard, columns, start, stop, self._measuring.storage)
+
+    def _measure(self, table: pa.Table) -> Block:
+        """Measured rows of an index."""
+        known = {} if len(self._known) > KNOWN_MEDIA else self._known
+        self._known = known
+        sizes, errors = measure(table, self._measuring.resolution, self._measuring.pair_tokens, known)
+        rows = np.empty(len(table), dtype=ROW)
+        rows["tokens"], rows["patches"] = sizes.tokens, sizes.patches
+        rows["patches_squared"], rows["keep"] = sizes.patches_squared, True
+        if self._measuring.filter:
+            own = filter_columns(table, sizes.tokens, sizes.patches)
+            rows["keep"] = self._measuring.filter.keep(own, len(rows))
+            rows["keep"][list(errors)] = True  # what cannot be read has no sizes to judge: it goes to the ledger
+        return Block(rows, errors)
+
+
+def _joined(blocks: Sequence[Block]) -> Block:
+    errors: dict[int, str] = {}
+    first = 0
+    for block in blocks:
+        errors |= {first + row: reason for row, reason in block.errors.items()}
+        first += len(block.rows)
+    return Block(np.concatenate([block.rows for block in blocks]), errors)
+
+
+def _split(block: Block, lengths: Sequence[int]) -> list[Block]:
+    """The parts of these lengths; each has a copy of its rows, so that it does not hold the whole."""
+    bounds = np.cumsum([0, *lengths]).tolist()
+    parts = [Block(block.rows[start:stop].copy(), {}) for start, stop in pairwise(bounds)]
+    for row, reason in block.errors.items():
+        part = bisect_right(bounds, row) - 1
+        parts[part].errors[row - bounds[part]] = reason
+    return parts

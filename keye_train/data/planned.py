@@ -1,0 +1,117 @@
+"""What a plan gives out: global batches of packs of samples, how ranks share them, and the position behind them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from keye_train.data.draw import DrawState
+from keye_train.data.mixture import MixtureState, shuffled
+
+
+class PlannedSample(NamedTuple):
+    """One sample of a pack."""
+
+    source: int  # number in Plan.sources
+    row: int  # of that source
+    tokens: int
+    patches: int
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What one rank reads in one micro-step."""
+
+    samples: tuple[PlannedSample, ...]
+    cost: float
+
+    @property
+    def tokens(self) -> int:
+        """Language tokens."""
+        return sum(sample.tokens for sample in self.samples)
+
+    @property
+    def patches(self) -> int:
+        """Vision patches."""
+        return sum(sample.patches for sample in self.samples)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A sample that was drawn and will not be read."""
+
+    source: int
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """What all ranks together read in one optimizer step."""
+
+    step: int  # optimizer step, from 0
+    packs: tuple[Pack, ...]
+    dropped: tuple[Dropped, ...]  # drawn since the batch before, and given up
+    seed: int  # of the order of its micro-steps
+    filtered: tuple[int, ...] = ()  # of each source: passed over since the batch before, kept out by its filter
+
+
+@dataclass(frozen=True)
+class PlanState:
+    """Position in a plan: what a checkpoint keeps of the data. It does not grow with the corpus or with time."""
+
+    plan: str  # fingerprint of the plan
+    step: int  # global batches given out
+    window: int  # windows finished
+    batch: int  # global batches given out of the current window
+    drawn: tuple[int, ...]  # places of each source's order passed before the current window, those below included
+    carried: tuple[tuple[int, int], ...]  # (source, row) drawn earlier that the current window packs, too
+    filtered: tuple[int, ...]  # of the places passed: kept out by the filter of the source
+    spent: tuple[int, ...]  # of each source in the unit of the mixture, since ``origin``
+    origin: int  # drawn in all when a source last left the mixture
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain value for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> PlanState:
+        """Inverse of ``to_json``, also after a round trip through a JSON file."""
+        carried = tuple((int(source), int(row)) for source, row in value["carried"])
+        numbers = {name: tuple(value[name]) for name in ("drawn", "filtered", "spent")}
+        return cls(**{**value, **numbers, "carried": carried})
+
+    @property
+    def draw(self) -> DrawState:
+        """Position of the draw."""
+        return DrawState(self.drawn, MixtureState(self.spent, self.origin))
+
+
+def assign(batch: GlobalBatch, world_size: int) -> list[list[Pack]]:
+    """Spread a global batch over micro-steps and ranks: ``[micro-step][rank] -> pack``.
+
+    Packs that run at the same time are neighbours in cost; the micro-steps and the ranks within them are shuffled.
+    Which samples the batch has does not depend on ``world_size``.
+
+    Raises:
+        ValueError: the packs do not divide over the ranks.
+    """
+    if len(batch.packs) % world_size:
+        raise ValueError(
+            f"stage.global_batch_packs={len(batch.packs)} does not divide over {world_size} ranks: "
+            "set it to a multiple of the number of ranks"
+        )
+    costs = np.array([pack.cost for pack in batch.packs])
+    by_cost = np.argsort(-costs, kind="stable").reshape(-1, world_size)
+    micro_steps = by_cost[shuffled(len(by_cost), batch.seed)].tolist()
+    ranks = [shuffled(world_size, seed_of(batch.seed, number)).tolist() for number in range(len(micro_steps))]
+    return [[batch.packs[packs[place]] for place in order] for packs, order in zip(micro_steps, ranks, strict=True)]
+
+
+def seed_of(*parts: object) -> int:
+    """A seed of 64 bits from several values."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
