@@ -157,9 +157,9 @@ class Plan:
         return PlanState(self.fingerprint, 0, 0, 0, none, (), none, none, 0)
 
     def check_world_size(self, world_size: int) -> None:
-        """Warn where groups of like packs are smaller than a micro-step, so that its ranks wait for each other."""
+        """Say where groups of like packs are smaller than a micro-step, so that its ranks wait for each other."""
         if world_size > self.balance_packs:
-            log.warning(
+            log.info(
                 "%d ranks read packs of one micro-step, and data.balance_packs=%d of them cost alike: ranks wait less "
                 "for each other with data.balance_packs=%d, and batches are less alike in their sources",
                 world_size,
