@@ -8,7 +8,15 @@ Units stand in the names: ``_tokens`` are tokens of the language model (one toke
 ``_patches`` are patches of the vision tower (14 x 14 pixels), ``_steps`` are optimizer steps.
 """
 
-from keye_train.settings.basics import MODULES, MergeMethod, Objective, Precision, ScheduleShape, SettingsError
+from keye_train.settings.basics import (
+    MODULES,
+    LossWeighting,
+    MergeMethod,
+    Objective,
+    Precision,
+    ScheduleShape,
+    SettingsError,
+)
 from keye_train.settings.data import (
     CurriculumPoint,
     CurriculumSettings,
@@ -60,6 +68,7 @@ __all__ = [
     "EvaluationSettings",
     "LanguageModelSettings",
     "LoggingSettings",
+    "LossWeighting",
     "MergeMethod",
     "MergeSettings",
     "MixtureUnit",

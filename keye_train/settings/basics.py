@@ -18,6 +18,14 @@ class Objective(str, Enum):
     contrastive = "contrastive"  # SigLIP loss between the vision tower and a text tower (Stage 0)
 
 
+class LossWeighting(str, Enum):
+    """What each labelled token of a sample with n of them weighs in the loss of the language objective."""
+
+    per_token = "per_token"  # 1: long answers dominate
+    per_sample = "per_sample"  # 1 / n: every answer counts alike
+    square = "square"  # 1 / sqrt(n), "square averaging": between the two
+
+
 class ScheduleShape(str, Enum):
     """Shape of the learning rate after the linear warm-up."""
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from keye_train.settings.basics import MODULES, Objective, Precision, ScheduleShape, SettingsError
+from keye_train.settings.basics import (
+    MODULES,
+    LossWeighting,
+    Objective,
+    Precision,
+    ScheduleShape,
+    SettingsError,
+)
 from keye_train.settings.data import DataSettings, check_data
 from keye_train.settings.model import ModelSettings, check_model
 
@@ -68,6 +75,8 @@ class StageSettings:
     """Budget of vision patches of a pack."""
     global_batch_packs: int
     """Packs of one optimizer step over all ranks; accumulation = global_batch_packs / world size."""
+    loss_weighting: LossWeighting = LossWeighting.per_token
+    """What the labelled tokens of a sample weigh; always divided by the sum of the weights in the global batch."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     caption_weight: float = 0.0
@@ -202,6 +211,11 @@ def _check_stage(stage: StageSettings, data: DataSettings) -> None:
         raise SettingsError(
             f"stage.caption_weight={stage.caption_weight} with a frozen decoder teaches noise: add caption_decoder to "
             f"stage.trainable ({stage.trainable})"
+        )
+    if stage.objective == Objective.contrastive and stage.loss_weighting != LossWeighting.per_token:
+        raise SettingsError(
+            f"stage.loss_weighting={stage.loss_weighting.value} has no effect with objective=contrastive, which has "
+            "one loss for each pair: use stage.loss_weighting=per_token"
         )
     if stage.caption_weight < 0:
         raise SettingsError(f"stage.caption_weight={stage.caption_weight} must not be negative")

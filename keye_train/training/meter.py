@@ -16,14 +16,14 @@ class LossMeter:
 
     Args:
         sources: names, in the order of the source numbers.
-        figures: names of the objective's further sums.
+        figures: names of further sums.
         device: of the losses.
     """
 
     def __init__(self, sources: Sequence[str], figures: Sequence[str], device: torch.device) -> None:
         self.names = [f"loss/{source}" for source in sources] + list(figures)
         self._sources = len(sources)
-        self._figures = list(figures)
+        self._place = {name: place for place, name in enumerate(self.names)}
         self._device = device
         self.reset()
 
@@ -40,8 +40,12 @@ class LossMeter:
             figures: scalar sums, on the device.
         """
         self._sums[: self._sources].index_add_(0, sources, losses.detach().double())
-        for place, name in enumerate(self._figures, self._sources):
-            self._sums[place] += figures[name]
+        for name, value in figures.items():
+            self.include(name, value)
+
+    def include(self, figure: str, value: Tensor) -> None:
+        """Add a scalar, on the device, to one of the further sums."""
+        self._sums[self._place[figure]] += value
 
     def totals(self) -> dict[str, float]:
         """Sums over all ranks. Collective: every rank must reach this. Waits for the device."""

@@ -1,7 +1,8 @@
 """What a stage minimises: the module that the engine runs, and how its losses are counted.
 
 An objective gives one loss for each *item*: a labelled token (language) or an image-caption pair (contrastive). The
-trainer adds them up and divides by the number of items of the whole global batch, so an objective never averages.
+trainer adds them up, weighted by recipe, and divides by the weight of all items of the whole global batch, so an
+objective never averages.
 
 Legend: K items of a pack, S samples of a pack, B image-caption pairs.
 """
@@ -19,7 +20,7 @@ from keye_train.model.dual_encoder import DualEncoder
 from keye_train.model.keye import KeyeForConditionalGeneration
 from keye_train.model.packed import IGNORE_INDEX, ContrastiveInputs, PackedInputs, VisionInputs
 from keye_train.model.vision import placeholder_image
-from keye_train.settings import Precision
+from keye_train.settings import LossWeighting, Precision
 
 Figures = dict[str, Tensor]
 """Further scalar sums of a micro-batch, detached."""
@@ -112,6 +113,37 @@ def _placeholder_caption(image: VisionInputs) -> PackedInputs:
 
 
 TrainingObjective = LanguageObjective | ContrastiveObjective
+
+
+WEIGHT_UNITS = 1 << 24
+"""Weights of samples are added up as multiples of 1 / WEIGHT_UNITS: a sum of integers is the same for every split of a
+global batch over ranks and micro-steps, which a sum of square roots is not."""
+
+
+def item_weights(samples: Tensor, weighting: LossWeighting) -> Tensor | None:
+    """Weight of each item: 1 / n (``per_sample``) or 1 / sqrt(n) (``square``; InternVL 2.5, arXiv 2412.05271, 3.3).
+
+    Args:
+        samples: [K] int64, number of the sample of each item. A sample lies in one pack as a whole.
+        weighting: by recipe.
+
+    Returns:
+        [K] float32; None for ``per_token``, where every weight is 1.
+    """
+    if weighting == LossWeighting.per_token:
+        return None
+    of_sample = torch.bincount(samples).double()
+    power = -1.0 if weighting == LossWeighting.per_sample else -0.5
+    return of_sample[samples].pow(power).float()
+
+
+def total_weight(samples: Tensor, weighting: LossWeighting) -> int:
+    """Sum of the weights of all items of a pack, in units of 1 / ``WEIGHT_UNITS``; see :func:`item_weights`."""
+    if weighting == LossWeighting.per_token:
+        return len(samples) * WEIGHT_UNITS
+    of_sample = torch.bincount(samples).double()  # n items of weight 1 / n, or 1 / sqrt(n)
+    summed = (of_sample > 0).double() if weighting == LossWeighting.per_sample else of_sample.sqrt()
+    return int((summed * WEIGHT_UNITS).round().sum())
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:

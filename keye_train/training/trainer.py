@@ -10,8 +10,6 @@ import logging
 import math
 import random
 import time
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +17,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keye_train.data.collate import LoadedPack
 from keye_train.data.cost import training_cost
-from keye_train.data.ledger import Ledger, SkipLimit, unreadable
+from keye_train.data.ledger import Ledger, SkipLimit
 from keye_train.data.loader import Loader, StepData
 from keye_train.data.plan import Plan, PlanState
 from keye_train.model import module_parameters
 from keye_train.model.pretrained import load_state
 from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.sample import SampleRef
-from keye_train.settings import Objective, TrainSettings
+from keye_train.settings import LossWeighting, Objective, TrainSettings
 from keye_train.training import build, checkpoint, distributed, export, manifest
 from keye_train.training.checkpoint import Checkpoint, TrainState
+from keye_train.training.counting import BatchCounter, Counts
 from keye_train.training.distributed import World
 from keye_train.training.engine import Engine, Outcome
 from keye_train.training.guards import NonFiniteGuard, StopRequest, exit_code
 from keye_train.training.meter import LossMeter
 from keye_train.training.monitor import Monitor
+from keye_train.training.objectives import item_weights
 from keye_train.training.optimizer import parameter_groups
 
 logger = logging.getLogger(__name__)
+
+
+WEIGHTED_LOSS = "weighted_loss"
 
 
 def train(settings: TrainSettings) -> int:
@@ -65,20 +67,6 @@ def train(settings: TrainSettings) -> int:
         return Trainer(settings, world, stop_request).run()
 
 
-@dataclass(frozen=True)
-class Counts:
-    """One global batch, over all ranks and all micro-steps."""
-
-    items: int  # labelled tokens, or image-caption pairs
-    tokens: int
-    patches: int
-    samples: int
-    skipped: int  # samples that could not be read or did not fit
-    digest: int  # of the samples that were read
-    stop: int  # signal that asked some rank to stop; 0: none
-    items_by_source: list[int]
-
-
 class Trainer:
     """One run on one rank."""
 
@@ -100,8 +88,9 @@ class Trainer:
         self.skip_limit = SkipLimit(settings.data)
         self.skip_limit.check_marks(self.plan)
         self.guard = NonFiniteGuard(self.state.refused_in_a_row, self.state.refused_total)
-        self._source_number = {name: number for number, name in enumerate(self.plan.sources)}
-        self.meter = LossMeter(self.plan.sources, self.objective.figures, world.device)
+        self.counter = BatchCounter(self.plan.sources, self.objective, self.stage.loss_weighting)
+        weighted = () if self.stage.loss_weighting == LossWeighting.per_token else (WEIGHTED_LOSS,)
+        self.meter = LossMeter(self.plan.sources, (*self.objective.figures, *weighted), world.device)
 
     def run(self) -> int:
         """Train to the end or to a signal; the exit code."""
@@ -149,7 +138,7 @@ class Trainer:
                 return 0
             data_wait_s = time.monotonic() - began
             ledger.record(data)
-            counts = self._count(data)
+            counts = self.counter.count(data, self.world, self._stop_request, self.skip_limit)
             rates, outcome = self._step(data, counts)
             ledger.finish(data.step, counts.samples, counts.digest, outcome.applied)
             self.state = TrainState(
@@ -172,55 +161,26 @@ class Trainer:
                 return counts.stop
         return 0
 
-    def _count(self, data: StepData) -> Counts:
-        """Sizes of the global batch, known before the first forward. Collective: every rank must reach this."""
-        items = torch.cat([self._item_sources(pack) for pack in data.packs])
-        by_source = torch.bincount(items, minlength=len(self.plan.sources)).tolist()
-        names = self.plan.sources
-        read = Counter(ref.source for pack in data.packs for ref in pack.refs)
-        broken = Counter(ref.source for pack in data.packs for ref, _ in pack.skipped)
-        packs = [sum(getattr(pack, name) for pack in data.packs) for name in ("tokens", "patches", "digest")]
-        *sums, interrupts, terminations = self.world.sum_int(
-            [
-                *by_source,
-                *(count[name] for count in (read, broken) for name in names),
-                *(*packs, len(data.dropped), unreadable(data)),
-                *self._stop_request.as_flags(),
-            ]
-        )
-        sources, reads, brokens = (sums[len(names) * part : len(names) * (part + 1)] for part in range(3))
-        tokens, patches, digest, dropped, marked = sums[3 * len(names) :]
-        after = data.plan_state_after
-        self.skip_limit.observe(
-            marked,
-            dict(zip(names, reads, strict=True)),
-            dict(zip(names, brokens, strict=True)),
-            window=after.window - (after.batch == 0),
-        )
-        stop = StopRequest.from_flags(interrupts, terminations)
-        skipped = sum(brokens) + dropped
-        return Counts(sum(sources), tokens, patches, sum(reads), skipped, digest, stop, sources)
-
     def _step(self, data: StepData, counts: Counts) -> tuple[dict[str, float], Outcome]:
         """Forward and backward of every micro-batch, then the update."""
         seed_step(self.settings.seed, data.step, self.world.rank)
         rates = self.engine.set_learning_rates(data.step, self.stage)
         self.meter.reset()
-        # The engine averages over ranks; we want the sum over ranks divided by all items.
-        weight = self.world.size / max(counts.items, 1)
+        # The engine averages over ranks; we want the sum over ranks divided by the weight of all items.
+        weight = self.world.size / (counts.weight or 1)
         for number, pack in enumerate(data.packs):
-            sources = self._item_sources(pack).to(self.world.device, non_blocking=True)
+            sources = self.counter.item_sources(pack).to(self.world.device, non_blocking=True)
+            of_item = item_weights(self.counter.item_samples(pack), self.stage.loss_weighting)
+            if of_item is not None:
+                of_item = of_item.to(self.world.device, non_blocking=True)
             losses, figures = self.engine.forward(pack.inputs.to(self.world.device))
             self.meter.add(losses, sources, figures)
-            self.engine.accumulate(weighted_sum(losses, weight), last=number == len(data.packs) - 1)
+            if of_item is not None:
+                self.meter.include(WEIGHTED_LOSS, (losses.detach() * of_item).sum())
+            self.engine.accumulate(weighted_sum(losses, weight, of_item), last=number == len(data.packs) - 1)
         outcome = self.engine.apply()
         self.guard.observe(outcome.applied, data.step + 1, _samples(data))
         return rates, outcome
-
-    def _item_sources(self, pack: LoadedPack) -> Tensor:
-        """Source number of each item of a pack: [K] int64, on the CPU."""
-        of_sample = torch.tensor([self._source_number[source] for source in pack.sources], dtype=torch.int64)
-        return of_sample[self.objective.item_samples(pack.inputs)]  # type: ignore[arg-type]
 
     def _row(
         self,
@@ -233,11 +193,12 @@ class Trainer:
     ) -> dict[str, Any]:
         """What metrics.jsonl says about a step. Collective: every rank must reach this, once for each logged step."""
         totals = self.meter.totals()
+        by_token = sum(totals[f"loss/{name}"] for name in self.plan.sources)
         by_source = zip(self.plan.sources, counts.items_by_source, strict=True)
         packs = self.stage.global_batch_packs
         row: dict[str, Any] = {
             "step": self.state.step,
-            "loss": _finite(sum(totals[f"loss/{name}"] for name in self.plan.sources) / max(counts.items, 1)),
+            "loss": _finite(totals.get(WEIGHTED_LOSS, by_token) / (counts.weight or 1)),
             "loss_by_source": {name: _finite(totals[f"loss/{name}"] / items) for name, items in by_source if items},
             "lr": rates,
             "grad_norm": _finite(outcome.grad_norm),
@@ -253,6 +214,8 @@ class Trainer:
             "data_wait_s": data_wait_s,
             "skipped": counts.skipped,
         }
+        if self.stage.loss_weighting != LossWeighting.per_token:  # comparable between weightings
+            row["token_loss"] = _finite(by_token / max(counts.items, 1))
         if self.stage.objective == Objective.contrastive:
             row["pairs"] = row.pop("labelled_tokens")
             row["retrieval_accuracy"] = totals["retrieved"] / max(counts.items, 1)
@@ -313,13 +276,13 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     random.seed(mixed)
 
 
-def weighted_sum(losses: Tensor, weight: float) -> Tensor:
-    """Sum of the losses times ``weight``.
+def weighted_sum(losses: Tensor, weight: float, of_item: Tensor | None = None) -> Tensor:
+    """Sum of the losses, each times its own weight ``of_item`` [K] where there is one, times ``weight``.
 
     A sum that is not finite gets the weight NaN, so that the gradient cannot be finite by accident: the engine then
     refuses the update on every rank, without a further collective and without waiting for the device here.
     """
-    total = losses.sum()
+    total = losses.sum() if of_item is None else (losses * of_item).sum()
     factor = torch.where(torch.isfinite(total.detach()), weight, torch.nan)
     return total * factor
 

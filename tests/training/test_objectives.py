@@ -9,8 +9,9 @@ import torch
 from corpus import ToyCorpus
 
 from keye_train.data.collate import collate_pairs, collate_samples
-from keye_train.settings import Precision
+from keye_train.settings import LossWeighting, Precision
 from keye_train.training.build import build_objective
+from keye_train.training.objectives import WEIGHT_UNITS, item_weights, total_weight
 from keye_train.training.trainer import weighted_sum
 
 CAPTIONS = ("stage.caption_weight=2", "stage.trainable=[vision,text_tower,caption_decoder]")
@@ -47,3 +48,32 @@ def test_autocast_multiplies_in_bf16_and_keeps_losses_in_fp32(
     losses, _ = objective(empty)
     assert torch.bfloat16 in seen
     assert losses.dtype == torch.float32
+
+
+class TestLossWeighting:
+    """Labelled tokens of 3 samples with 1, 4 and 9 tokens, over two packs."""
+
+    packs = (torch.tensor([0, 2, 2, 2, 2]), torch.tensor([1] * 9))  # sample 0 and 1 of either pack may have no label
+
+    @pytest.mark.parametrize(
+        ("weighting", "expected", "total"),
+        [("per_sample", [1.0, 1 / 4, 1 / 9], 3.0), ("square", [1.0, 1 / 2, 1 / 3], 6.0)],
+    )
+    def test_weights_are_of_the_sample_and_their_sum_is_known_before(
+        self, weighting: str, expected: list[float], total: float
+    ) -> None:
+        weights = [item_weights(pack, LossWeighting(weighting)) for pack in self.packs]
+        assert all(weight is not None for weight in weights)
+        assert [w[-1].item() for w in (weights[0][:1], *weights)] == pytest.approx(expected)  # type: ignore[index]
+        assert sum(total_weight(pack, LossWeighting(weighting)) for pack in self.packs) == int(total * WEIGHT_UNITS)
+        assert sum(float(weight.sum()) for weight in weights) == pytest.approx(total)  # type: ignore[union-attr]
+
+    def test_per_token_is_the_plain_sum(self) -> None:
+        assert item_weights(self.packs[0], LossWeighting.per_token) is None
+        assert total_weight(self.packs[0], LossWeighting.per_token) == 5 * WEIGHT_UNITS
+
+    def test_a_pack_without_labels_weighs_nothing(self) -> None:
+        nothing = torch.empty(0, dtype=torch.int64)
+        for weighting in LossWeighting:
+            assert total_weight(nothing, weighting) == 0
+            assert item_weights(nothing, weighting) is None or item_weights(nothing, weighting).numel() == 0  # type: ignore[union-attr]
