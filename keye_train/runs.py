@@ -10,6 +10,7 @@
       trained.jsonl          one line a step: how many samples it trained on, and their digest
       checkpoints/step-N/    state of the training, whole or absent
       export/                the model in the official layout, with a manifest of its own
+      export_ema/            the same of the moving average of the weights, where the recipe keeps one
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ LEDGER = "ledger.jsonl"
 TRAINED = "trained.jsonl"
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"
+EXPORT_EMA = "export_ema"
 
 
 def write_text_atomic(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from keye_train.settings.model import ModelSettings, check_model
 
 @dataclass
 class ModuleRateSettings:
-    """Learning rates of single modules; null takes ``optimizer.lr``."""
+    """A learning rate or weight decay for single modules; null takes the one of ``optimizer``."""
 
     vision: float | None = None
     projector: float | None = None
@@ -37,6 +37,13 @@ class OptimizerSettings:
     eps: float = 1e-8
     weight_decay: float = 0.05
     """Applied to matrices only: never to norms, biases and one-dimensional parameters."""
+    module_weight_decay: ModuleRateSettings = field(default_factory=ModuleRateSettings)
+    vision_layer_decay: float = 1.0
+    """Factor on the learning rate from each layer of the vision tower to the one below it; 1: all alike. The norm
+    behind the layers, and a pooling head, keep the tower's rate; the embeddings lie below the lowest layer."""
+    ema_decay: float = 0.0
+    """Share that a moving average of the weights keeps at each update (0.9999, say); 0: no average. It costs one more
+    fp32 copy of the trained weights, sharded like them, and is exported beside the model, as RUN/export_ema."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 
@@ -44,6 +51,11 @@ class OptimizerSettings:
         """Learning rate of ``module`` before the schedule."""
         own = getattr(self.module_lr, module)
         return self.lr if own is None else own
+
+    def decay(self, module: str) -> float:
+        """Weight decay of the matrices of ``module``."""
+        own = getattr(self.module_weight_decay, module)
+        return self.weight_decay if own is None else own
 
 
 @dataclass
@@ -196,9 +208,7 @@ def _check_stage(stage: StageSettings, data: DataSettings) -> None:
     for name in stage.trainable:
         if name not in MODULES:
             raise SettingsError(f"stage: unknown module '{name}'; modules: {MODULES}")
-    for name, rate in vars(stage.optimizer.module_lr).items():
-        if rate is not None and name not in stage.trainable:
-            raise SettingsError(f"stage.optimizer.module_lr.{name} has no effect: '{name}' is not in stage.trainable")
+    _check_optimizer(stage.optimizer, stage.trainable)
     allowed: tuple[str, ...] = MODULES[:3]
     if stage.objective == Objective.contrastive:
         allowed = ("vision", "text_tower", "caption_decoder") if stage.caption_weight else ("vision", "text_tower")
@@ -240,8 +250,21 @@ def _check_stage(stage: StageSettings, data: DataSettings) -> None:
         raise SettingsError("stage.schedule.shape=wsd needs stage.schedule.decay_steps >= 1")
     if stage.schedule.shape != ScheduleShape.wsd and stage.schedule.decay_steps:
         raise SettingsError("stage.schedule.decay_steps has an effect with stage.schedule.shape=wsd only")
-    if len(stage.optimizer.betas) != 2:
+
+
+def _check_optimizer(optimizer: OptimizerSettings, trainable: list[str]) -> None:
+    for key in ("module_lr", "module_weight_decay"):
+        for name, value in vars(getattr(optimizer, key)).items():
+            if value is not None and name not in trainable:
+                raise SettingsError(f"stage.optimizer.{key}.{name} has no effect: '{name}' is not in stage.trainable")
+    if len(optimizer.betas) != 2:
         raise SettingsError("stage.optimizer.betas has two numbers")
+    if not 0 < optimizer.vision_layer_decay <= 1:
+        raise SettingsError(f"stage.optimizer.vision_layer_decay={optimizer.vision_layer_decay}: use above 0, up to 1")
+    if optimizer.vision_layer_decay < 1 and "vision" not in trainable:
+        raise SettingsError("stage.optimizer.vision_layer_decay has no effect: 'vision' is not in stage.trainable")
+    if not 0 <= optimizer.ema_decay < 1:
+        raise SettingsError(f"stage.optimizer.ema_decay={optimizer.ema_decay}: use 0 (no average) up to below 1")
 
 
 def _check_start_weights(settings: TrainSettings) -> None:

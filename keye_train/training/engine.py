@@ -33,6 +33,7 @@ from keye_train.training.distributed import World
 from keye_train.training.optimizer import build_optimizer, set_learning_rates
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state besides its step count
+AVERAGE = "average"  # moving average of the weights, kept as one more state of AdamW: sharded, saved and restored alike
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ class Engine:
         self._settings = settings
         self._zero_stage = settings.deepspeed.zero_stage
         self._clip_norm = settings.stage.optimizer.clip_norm
+        self._ema_decay = settings.stage.optimizer.ema_decay
+        self.moments = (*MOMENTS, AVERAGE) if self._ema_decay else MOMENTS
+        """States that a checkpoint holds of each trained parameter."""
+        self._group_modules = [group["module"] for group in groups]
+        self._module_of = {id(p): group["module"] for group in groups for p in group["params"]}
         grouped = {id(parameter) for group in groups for parameter in group["params"]}
         named = dict(model.named_parameters())
         self.trainable = {name: parameter for name, parameter in named.items() if id(parameter) in grouped}
@@ -136,7 +142,53 @@ class Engine:
             if not outcome.applied:
                 self._forget_refused_gradients()
         self.updates += outcome.applied
+        if outcome.applied and self._ema_decay:
+            self._update_average()
         return outcome
+
+    def module_gradient_squares(self) -> dict[str, Tensor]:
+        """This rank's share of the squared gradient norm of each trained module, after the last micro-batch.
+
+        Summed over the ranks they are the squares of :attr:`Outcome.grad_norm`'s parts. Nothing is communicated and
+        nothing waits for the device: scalars float64, on the device.
+        """
+        gradients: dict[str, list[Tensor]] = {module: [] for module in self._group_modules}
+        if self._zero_stage == 0:
+            for parameter in self.trainable.values():
+                if parameter.grad is not None:
+                    gradients[self._module_of[id(parameter)]].append(parameter.grad)
+        else:
+            for number, part in enumerate(self._gradient_partitions()):
+                group = self._optimizer.sub_group_to_group_id[number] if self._zero_stage == 3 else number
+                gradients[self._group_modules[group]] += part
+        # Without sharding every rank holds all gradients: each brings its share of one sum.
+        shares = self.world.size if self._zero_stage == 0 else 1
+        zero = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        return {
+            module: sum((nn.utils.get_total_norm([t]).to(zero).square() for t in tensors), zero) / shares
+            for module, tensors in gradients.items()
+        }
+
+    def _gradient_partitions(self) -> list[list[Tensor]]:
+        """This rank's part of the accumulated gradient, for each of :meth:`_optimized_tensors`; sharded stages only.
+
+        DeepSpeed keeps it in a third place with bf16 at stage 1, and beside the master weights where those are on the
+        host.
+        """
+        if hasattr(self._optimizer, "fp32_groups_gradient_flat_partition"):
+            return [[part] for part in self._optimizer.fp32_groups_gradient_flat_partition]
+        averaged = self._optimizer.averaged_gradients
+        return [
+            averaged.get(number) or ([] if flat.grad is None else [flat.grad])
+            for number, flat in enumerate(self._optimized_tensors())
+        ]
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Move the average towards the new weights; in the first updates faster, as a mean of all of them so far."""
+        kept = min(self._ema_decay, self.updates / (self.updates + 1))
+        for flat in self._optimized_tensors():
+            self._adam.state[flat][AVERAGE].lerp_(flat.detach(), 1.0 - kept)
 
     def _forget_refused_gradients(self) -> None:
         """With an optimizer on the host, DeepSpeed 0.19 keeps a refused fp32 sum and would add to it for ever."""
@@ -178,11 +230,16 @@ class Engine:
         assert value is not None, f"{name} is trainable but DeepSpeed holds no master weights for it"
         return value.view(self.shapes[name])
 
+    def full_average(self, name: str) -> Tensor:
+        """The moving average of a parameter, fp32, on every rank; of a frozen one the parameter itself."""
+        parameter = self.trainable.get(name)
+        return self.full_parameter(name) if parameter is None else self._full_moment(name, parameter, AVERAGE)
+
     def training_state(self) -> Iterator[tuple[str, Tensor]]:
         """Stream what a checkpoint holds: ``<parameter>`` and ``<parameter>#<moment>`` of all trainable parameters."""
         for name, parameter in self.trainable.items():
             yield name, self.full_parameter(name)
-            for moment in MOMENTS:
+            for moment in self.moments:
                 yield f"{name}#{moment}", self._full_moment(name, parameter, moment)
 
     def restore(self, read: Callable[[str], Tensor], updates: int) -> None:
@@ -200,7 +257,7 @@ class Engine:
             self._adam.state[flat]["step"].fill_(float(updates))
         for name, parameter in self.trainable.items():
             self._set_full(parameter, read(name), None)
-            for moment in MOMENTS:
+            for moment in self.moments:
                 self._set_full(parameter, read(f"{name}#{moment}"), moment)
 
     def _set_full(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
@@ -242,6 +299,8 @@ class Engine:
         for flat in self._optimized_tensors():
             step = torch.zeros((), dtype=torch.float32, device=flat.device)
             self._adam.state[flat] = {"step": step} | {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            if self._ema_decay:
+                self._adam.state[flat][AVERAGE] = flat.detach().clone()
         if self._zero_stage in (1, 2):
             self._optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -23,8 +23,17 @@ from keye_train.training.engine import Engine
 logger = logging.getLogger(__name__)
 
 
-def write_export(engine: Engine, config: KeyeConfig, settings: TrainSettings, run_dir: Path, world: World) -> Path:
-    """Write ``RUN/export``. Collective: every rank must reach this; rank 0 writes.
+def write_export(
+    engine: Engine,
+    config: KeyeConfig,
+    settings: TrainSettings,
+    run_dir: Path,
+    world: World,
+    average: bool = False,
+) -> Path:
+    """Write ``RUN/export``, or the moving average of the weights as ``RUN/export_ema``.
+
+    Collective: every rank must reach this; rank 0 writes.
 
     Trained parameters are the fp32 masters, in the data type of the export. Frozen ones are the parent's, bit for bit;
     should one have changed, the run is wrong and nothing is written.
@@ -35,10 +44,10 @@ def write_export(engine: Engine, config: KeyeConfig, settings: TrainSettings, ru
     Raises:
         RuntimeError: a frozen parameter changed.
     """
-    folder = run_dir / runs.EXPORT
+    folder = run_dir / (runs.EXPORT_EMA if average else runs.EXPORT)
     parent = None if settings.parent is None else TensorReader(runs.export_dir(settings.parent))
     dtype = _dtype(settings, parent)
-    tensors = _tensors(engine, parent, dtype)
+    tensors = _tensors(engine, parent, dtype, average)
     files = trained_files(Path(settings.model.tokenizer), settings.data.resolution)
     if world.is_main:
         save_export(tensors, config, folder, extra_files=files)
@@ -71,9 +80,11 @@ def write_start(settings: TrainSettings, folder: Path) -> Path:
     return export
 
 
-def _tensors(engine: Engine, parent: TensorReader | None, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    engine: Engine, parent: TensorReader | None, dtype: torch.dtype, average: bool
+) -> Iterator[tuple[str, Tensor]]:
     for name in engine.shapes:
-        value = engine.full_parameter(name)
+        value = engine.full_average(name) if average else engine.full_parameter(name)
         if name in engine.frozen and parent is not None and name in parent.names():
             start = parent(name)
             if not torch.equal(start.to(value), value):

@@ -40,7 +40,7 @@ from keye_train.training.optimizer import parameter_groups
 logger = logging.getLogger(__name__)
 
 
-WEIGHTED_LOSS = "weighted_loss"
+WEIGHTED_LOSS, GRAD_SQUARE = "weighted_loss", "grad_square/"
 
 
 def train(settings: TrainSettings) -> int:
@@ -90,7 +90,8 @@ class Trainer:
         self.guard = NonFiniteGuard(self.state.refused_in_a_row, self.state.refused_total)
         self.counter = BatchCounter(self.plan.sources, self.objective, self.stage.loss_weighting)
         weighted = () if self.stage.loss_weighting == LossWeighting.per_token else (WEIGHTED_LOSS,)
-        self.meter = LossMeter(self.plan.sources, (*self.objective.figures, *weighted), world.device)
+        squares = tuple(f"{GRAD_SQUARE}{module}" for module in self.stage.trainable)
+        self.meter = LossMeter(self.plan.sources, (*self.objective.figures, *weighted, *squares), world.device)
 
     def run(self) -> int:
         """Train to the end or to a signal; the exit code."""
@@ -115,7 +116,9 @@ class Trainer:
         if stopped_by:
             logger.info("stopped after step %d; the same command goes on from there", self.state.step)
             return exit_code(stopped_by)
-        export.write_export(self.engine, self.objective.model.config, self.settings, self.run_dir, self.world)
+        for average in (False, True) if self.stage.optimizer.ema_decay else (False,):
+            config = self.objective.model.config
+            export.write_export(self.engine, config, self.settings, self.run_dir, self.world, average)
         if self.world.is_main:
             manifest.finish(self.run_dir, self.manifest, self._result())
         self.world.barrier()
@@ -178,6 +181,8 @@ class Trainer:
             if of_item is not None:
                 self.meter.include(WEIGHTED_LOSS, (losses.detach() * of_item).sum())
             self.engine.accumulate(weighted_sum(losses, weight, of_item), last=number == len(data.packs) - 1)
+        for module, square in self.engine.module_gradient_squares().items():
+            self.meter.include(f"{GRAD_SQUARE}{module}", square)
         outcome = self.engine.apply()
         self.guard.observe(outcome.applied, data.step + 1, _samples(data))
         return rates, outcome
@@ -202,6 +207,7 @@ class Trainer:
             "loss_by_source": {name: _finite(totals[f"loss/{name}"] / items) for name, items in by_source if items},
             "lr": rates,
             "grad_norm": _finite(outcome.grad_norm),
+            "grad_norms": {name: _finite(totals[f"{GRAD_SQUARE}{name}"] ** 0.5) for name in self.stage.trainable},
             "applied": outcome.applied,
             "tokens": counts.tokens,
             "labelled_tokens": counts.items,

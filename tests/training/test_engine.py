@@ -59,6 +59,28 @@ def test_weights_moments_and_norms_equal_the_plain_run(trained: dict[int, Path],
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("world_size", [1, 2])
+def test_norms_of_modules_are_the_parts_of_the_global_norm(
+    trained: dict[int, Path], world_size: int, case: str
+) -> None:
+    ours, plain = figures(trained[world_size], case), figures(trained[1], "zero0")["module_norms"]
+    rel = 2e-2 if case.endswith("bf16") else 1e-5
+    for norms, expected, whole in zip(ours["module_norms"], plain, ours["norms"], strict=True):
+        assert norms == pytest.approx(expected, rel=rel)
+        assert sum(norm**2 for norm in norms) ** 0.5 == pytest.approx(whole, rel=rel)
+
+
+def test_the_average_follows_the_weights(trained: dict[int, Path]) -> None:
+    """The averages of all splits are held to those of the plain run above, as moments are."""
+    end = tensors(trained[1], "zero0", "end")
+    moved = [name for name in end if "#" not in name and not torch.equal(end[name], end[f"{name}#average"])]
+    assert moved == [name for name in end if "#" not in name]
+    start = Toy().state_dict()
+    for name in moved:  # between where it started and where the weights are
+        assert (end[f"{name}#average"] - end[name]).norm() < (start[name] - end[name]).norm()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_resumed_equals_uninterrupted_bit_for_bit(trained: dict[int, Path], world_size: int, case: str) -> None:
     end, resumed = (tensors(trained[world_size], case, kind) for kind in ("end", "resumed"))
     assert [name for name in end if not torch.equal(end[name], resumed[name])] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from toy import stage
 
@@ -46,3 +47,27 @@ def test_schedule_scales_each_module_by_its_own_rate() -> None:
     assert set_learning_rates(optimizer, 0, recipe) == {"vision": 0.25, "language": 0.5}
     assert set_learning_rates(optimizer, 1, recipe) == {"vision": 0.5, "language": 1.0}
     assert {group["lr"] for group in optimizer.param_groups} == {0.5, 1.0}
+
+
+def test_layers_of_the_tower_learn_slower_the_deeper_they_lie() -> None:
+    tower = "visual.vision_model."
+    names = [f"{tower}embeddings.a.weight", *(f"{tower}encoder.layers.{n}.b.weight" for n in range(3))]
+    parameters = [(name, nn.Parameter(torch.zeros(2, 2))) for name in (*names, f"{tower}post_layernorm.weight")]
+    recipe = stage(10)
+    recipe.trainable = ["vision"]
+    recipe.optimizer = OptimizerSettings(lr=1.0, vision_layer_decay=0.5)
+    groups = parameter_groups({"vision": parameters}, recipe)
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    assert [rates[id(parameter)] for _, parameter in parameters] == [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]
+    assert len({group["name"] for group in groups}) == len(groups)
+    assert set_learning_rates(build_optimizer(groups, recipe.optimizer), 9, recipe) == {"vision": 0.1}
+
+
+def test_a_module_may_have_its_own_weight_decay() -> None:
+    model, recipe = Toy(), stage(10)
+    recipe.trainable = ["vision", "language"]
+    recipe.optimizer = OptimizerSettings(weight_decay=0.1)
+    recipe.optimizer.module_weight_decay.vision = 0.0
+    modules = {"vision": list(model.tower.named_parameters()), "language": list(model.head.named_parameters())}
+    decays = {group["name"]: group["weight_decay"] for group in parameter_groups(modules, recipe)}
+    assert decays == {"vision/decay": 0.0, "vision/no_decay": 0.0, "language/decay": 0.1, "language/no_decay": 0.0}

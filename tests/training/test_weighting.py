@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import ranks
+import torch
 from corpus import ToyCorpus
+from safetensors.torch import load_file
 
 from keye_train import runs
 from keye_train.settings import SettingsError
 from keye_train.training.trainer import train
 
 STAGE = "2_multitask"
-SQUARE = ("stage.loss_weighting=square", "stage.steps=2")
+SQUARE = ("stage.loss_weighting=square", "stage.steps=2", "stage.optimizer.ema_decay=0.5")
 
 
 def rows(run_dir: Path) -> list[dict]:
@@ -40,6 +42,12 @@ def test_every_split_gives_the_same_losses_and_gradients(
     for figure in ("loss", "token_loss", "grad_norm"):
         ours, reference = ([row[figure] for row in rows(folder)] for folder in (tmp_path, one_rank))
         assert ours == pytest.approx(reference, rel=1e-5), figure
+    ours, reference = (load_file(folder / runs.EXPORT_EMA / "model.safetensors") for folder in (tmp_path, one_rank))
+    assert not torch.equal(
+        ours["lm_head.weight"], load_file(tmp_path / runs.EXPORT / "model.safetensors")["lm_head.weight"]
+    )
+    for name, expected in reference.items():
+        torch.testing.assert_close(ours[name], expected, rtol=0, atol=2e-3)
 
 
 def test_weights_change_the_loss_and_not_what_is_counted(toy_corpus: ToyCorpus, one_rank: Path, tmp_path: Path) -> None:
@@ -53,5 +61,5 @@ def test_weights_change_the_loss_and_not_what_is_counted(toy_corpus: ToyCorpus, 
 
 
 def test_a_weighting_without_effect_is_refused(toy_corpus: ToyCorpus, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="stage.loss_weighting=square has no effect with objective=contrastive"):
+    with pytest.raises(SettingsError, match=r"stage\.loss_weighting=square has no effect with objective=contrastive"):
         toy_corpus.settings("0_vision", tmp_path, "stage.loss_weighting=square")

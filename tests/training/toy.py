@@ -77,6 +77,7 @@ def settings(zero_stage: int, precision: str, offload: bool) -> TrainSettings:
     recipe.stage.optimizer.lr = 1e-2
     recipe.stage.optimizer.module_lr.vision = 5e-3
     recipe.stage.optimizer.clip_norm = 0.5
+    recipe.stage.optimizer.ema_decay = 0.6
     return recipe
 
 
@@ -141,14 +142,20 @@ def main(out: Path) -> None:
                 pack = pack * float("nan")
             loss = built.forward(pack).float().square().sum() * world.size / rows
             built.accumulate(loss, last=place == len(mine) - 1)
+        squares = built.module_gradient_squares()
+        summed = torch.stack([squares[module].double() for module in sorted(squares)])
+        torch.distributed.all_reduce(summed)
+        module_norms.append(summed.sqrt().tolist())
         return built.apply()
 
     def snapshot(built: Engine) -> dict[str, Tensor]:
         return {name: tensor.detach().float().clone() for name, tensor in built.training_state()}
 
+    module_norms: list[list[float]] = []
     figures: dict[str, dict] = {}
     for case, shape in CASES.items():
         recipe = settings(*shape)
+        module_norms.clear()
         built = engine(recipe)
         norms = [step(built, number, recipe).grad_norm for number in range(STOP)]
         checkpoint.save(out / case, built, TrainState(STOP, built.updates, {}), world, keep=2)
@@ -169,6 +176,7 @@ def main(out: Path) -> None:
         again.close()
         figures[case] = {
             "norms": norms,
+            "module_norms": module_norms[:STEPS],
             "refused": [refused.applied, all(torch.equal(end[name], after[name]) for name in end), recovered.applied],
         }
         if world.is_main:
