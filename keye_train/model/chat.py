@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -152,19 +153,21 @@ def encode_conversation(
     """
     encoder = _encoder(tokenizer)
     counts = iter(media_tokens)
-    ids: list[int] = []
-    labels: list[int] = []
-    for turn in parse_turns(messages):
-        for piece, learnt in _turn_ids(encoder, turn, counts):
-            ids += piece
-            labels += piece if learnt else [IGNORE_INDEX] * len(piece)
+    pieces = [piece for turn in parse_turns(messages) for piece in _turn_ids(encoder, turn, counts)]
     if next(counts, None) is not None:
         raise ValueError(f"{len(media_tokens)} token counts for fewer images and videos")
     if generation_prompt:
-        prompt = [encoder.im_start, *encoder.encode("assistant\n")]
-        ids += prompt
-        labels += [IGNORE_INDEX] * len(prompt)
-    return EncodedChat(torch.tensor(ids), torch.tensor(labels))
+        pieces.append(([encoder.im_start, *encoder.encode_header("assistant\n")], 1, False))
+    length = sum(len(piece) * times for piece, times, _ in pieces)
+    ids = np.empty(length, dtype=np.int64)
+    labels = np.full(length, IGNORE_INDEX, dtype=np.int64)
+    end = 0
+    for piece, times, learnt in pieces:
+        place = slice(end, end := end + len(piece) * times)
+        ids[place] = piece  # a repeated piece is a single id
+        if learnt:
+            labels[place] = ids[place]
+    return EncodedChat(torch.from_numpy(ids), torch.from_numpy(labels))
 
 
 def text_token_count(
@@ -238,22 +241,24 @@ def _checked(text: str) -> str:
     return text
 
 
-def _turn_ids(encoder: _Encoder, turn: Turn, counts: Iterator[int]) -> Iterator[tuple[list[int], bool]]:
-    """Token ids of a turn piece by piece, each with whether it is learnt."""
+def _turn_ids(encoder: _Encoder, turn: Turn, counts: Iterator[int]) -> Iterator[tuple[list[int], int, bool]]:
+    """A turn piece by piece: token ids, how often they are repeated (single ids only), whether they are learnt."""
     answer = turn.role == "assistant"
     header, content = _header(turn)
-    yield [encoder.im_start, *encoder.encode(header)], False
+    yield [encoder.im_start, *encoder.encode_header(header)], 1, False
     for part in content:
         if isinstance(part, str):
-            yield encoder.encode(part), answer
+            yield encoder.encode(part), 1, answer
             continue
         count = next(counts, None)
         if count is None:
             raise ValueError("more images and videos in the conversation than token counts")
         pad = encoder.image_pad if part.kind == MediaKind.image else encoder.video_pad
-        yield [encoder.vision_start, *[pad] * count, encoder.vision_end], False
-    yield [encoder.im_end], answer
-    yield encoder.newline, False
+        yield [encoder.vision_start], 1, False
+        yield [pad], count, False
+        yield [encoder.vision_end], 1, False
+    yield [encoder.im_end], 1, answer
+    yield encoder.newline, 1, False
 
 
 def _header(turn: Turn) -> tuple[str, list[str | MediaSlot]]:
@@ -278,9 +283,15 @@ class _Encoder:
     image_pad: int
     video_pad: int
     newline: list[int]
+    headers: dict[str, list[int]]  # ids of the constant openings of turns
 
     def encode(self, text: str) -> list[int]:
-        return self.core.encode(text, add_special_tokens=False).ids
+        (encoding,) = self.core.encode_batch_fast([text], add_special_tokens=False)  # fast: without offsets
+        return encoding.ids
+
+    def encode_header(self, text: str) -> list[int]:
+        """As ``encode``, at once for the openings that nearly every conversation has."""
+        return found if (found := self.headers.get(text)) is not None else self.encode(text)
 
 
 @lru_cache(maxsize=8)
@@ -295,4 +306,6 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> _Encoder:
     missing = [f"<|{name}|>" for name in names if name not in ids]
     if missing:
         raise ValueError(f"the tokenizer has no {', '.join(missing)}: add them as special tokens")
-    return _Encoder(core, **ids, newline=core.encode("\n", add_special_tokens=False).ids)
+    texts = (*(f"{role}\n" for role in ROLES), f"system\n{DEFAULT_SYSTEM_PROMPT}")
+    headers = {text: core.encode(text, add_special_tokens=False).ids for text in texts}
+    return _Encoder(core, **ids, newline=core.encode("\n", add_special_tokens=False).ids, headers=headers)

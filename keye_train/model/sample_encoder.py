@@ -170,7 +170,7 @@ class SampleEncoder:
         return torch.tensor(encoded["input_ids"])
 
     def _encode(self, sample: Sample, messages: list[Message], generation_prompt: bool) -> EncodedSample:
-        patches: list[np.ndarray] = [np.empty((0, 3, PATCH_SIZE, PATCH_SIZE), dtype=np.uint8)]
+        patches: list[np.ndarray] = []
         grids: list[Grid] = []
         seconds: list[float] = []
         for kind, data in _media_of(sample, media_slots(messages)):
@@ -192,9 +192,16 @@ class SampleEncoder:
             input_ids=chat.input_ids,
             labels=chat.labels,
             position_ids=position_ids,
-            pixel_patches=torch.from_numpy(np.concatenate(patches)),
+            pixel_patches=torch.from_numpy(_joined(patches)),
             grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
         )
+
+
+def _joined(patches: list[np.ndarray]) -> np.ndarray:
+    """Patches of all media one behind another; those of a single one are not copied."""
+    if len(patches) == 1:
+        return patches[0]
+    return np.concatenate([np.empty((0, 3, PATCH_SIZE, PATCH_SIZE), dtype=np.uint8), *patches])
 
 
 def _media_of(sample: Sample, slots: list[MediaSlot]) -> list[tuple[MediaKind, bytes]]:
