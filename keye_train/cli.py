@@ -47,6 +47,8 @@ Average checkpoints, one tensor at a time, in fp32 or better.
 
   keye-merge models=[runs/demo/stage3_a,runs/demo/stage3_b] out=runs/merged
   keye-merge merge=weighted models=[a,b] weights=[0.7,0.3] out=runs/merged dtype=bfloat16
+  keye-merge merge=ema models=[export-100,export-200,export-300] out=runs/merged       along one run, oldest first
+  keye-merge models=[a,b] out=runs/merged '+modules={mlp_AR.*:[1.0,0.0]}'             the projector of a
 """
 EVAL_HELP = """\
 Answer held-out samples and score them per task.

@@ -55,7 +55,8 @@ def test_resolution_recipes_hold_the_budgets_of_the_reports(
 
 def test_merge_recipes_compose() -> None:
     for name in compose.choices("merge"):
-        weights = ["weights=[1.0,3.0]"] if name == "weighted" else []
+        weights = ["weights=[1.0,3.0]"] if name in ("weighted", "task_arithmetic") else []
+        weights += ["base=d"] if name == "task_arithmetic" else []
         settings = compose.load_settings(MergeSettings, "merge", [f"merge={name}", "models=[a,b]", "out=c", *weights])
         assert settings.method.value == name
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from keye_train.merging.compatibility import CONFIG, MergeError, differences, value_problems
-from keye_train.merging.methods import AVERAGED_DTYPES, average
+from keye_train.merging.methods import AVERAGED_DTYPES
+from keye_train.merging.rules import Rule, check_patterns, model_weights, rule_for
 from keye_train.merging.streaming import (
     ExportReader,
     PlannedTensor,
@@ -60,7 +61,8 @@ def merge(settings: MergeSettings, progress: bool = True) -> Path:
         MergeError: the models differ, or hold values that are not finite; it lists every reason.
     """
     settings.check()
-    folders = [export_dir(model) for model in settings.models]
+    # The base, where a method has one, comes last.
+    folders = [export_dir(model) for model in [*settings.models, *([settings.base] if settings.base else [])]]
     out = Path(settings.out)
     request = _request(settings, folders)
     if out.exists():
@@ -74,12 +76,13 @@ def merge(settings: MergeSettings, progress: bool = True) -> Path:
             # The values are read as well, so that one run names everything there is to mend.
             shared = [name for name in readers[0].places if _alike(readers, name)]
             raise MergeError(problems + value_problems(readers, shared))
+        check_patterns(settings, list(readers[0].places))
         with _written_beside(out) as folder, ThreadPoolExecutor(max_workers=1) as hasher:
             started = time.monotonic()
             # The hashes of the inputs are taken while the merge reads the same bytes: they come from the page cache.
             hashes = [hasher.submit(_describe_files, parent) for parent in folders]
             shards = _plan(readers, settings)
-            outputs = _write_weights(folder, readers, shards, settings.weights, progress)
+            outputs = _write_weights(folder, readers, shards, settings, progress)
             write_index(folder, shards)
             _copy_companions(folders[0], folder, settings.dtype)
             manifest = _manifest(settings, request, folders, hashes, outputs, shards)
@@ -94,13 +97,15 @@ def merge(settings: MergeSettings, progress: bool = True) -> Path:
 def _request(settings: MergeSettings, folders: Sequence[Path]) -> dict[str, Any]:
     """What was asked for: two merges with the same request and the same inputs are the same merge."""
     values = asdict(settings)
-    return {
+    request = {
         "models": [str(folder.resolve()) for folder in folders],
         "method": settings.method.value,
         "weights": values["weights"],
         "dtype": values["dtype"],
         "max_shard_bytes": values["max_shard_bytes"],
     }
+    # Only where set, so that finished merges of earlier versions stay known.
+    return request | {key: values[key] for key in ("modules", "decay", "base") if values[key]}
 
 
 def _check_existing(out: Path, request: dict[str, Any], folders: Sequence[Path]) -> None:
@@ -141,7 +146,7 @@ def _write_weights(
     folder: Path,
     readers: Sequence[ExportReader],
     shards: dict[str, list[PlannedTensor]],
-    weights: list[float] | None,
+    settings: MergeSettings,
     progress: bool,
 ) -> dict[str, str]:
     """Write every shard; returns file name -> SHA-256.
@@ -156,8 +161,9 @@ def _write_weights(
         for file, tensors in shards.items():
             with ShardWriter(folder / file, tensors) as writer:
                 for tensor in tensors:
+                    rule = rule_for(settings, readers, tensor.name) if tensor.dtype in AVERAGED_DTYPES else None
                     for pieces in _aligned_pieces(readers, tensor.name):
-                        merged = _merge_pieces(pieces, weights, tensor.dtype)
+                        merged = _merge_pieces(pieces, rule, tensor.dtype)
                         if merged is None:
                             raise MergeError(_reasons(readers, tensor))
                         writer.append(merged)
@@ -170,11 +176,11 @@ def _aligned_pieces(readers: Sequence[ExportReader], name: str) -> Iterator[tupl
     return zip(*(reader.pieces(name) for reader in readers), strict=True)
 
 
-def _merge_pieces(pieces: Sequence[Tensor], weights: list[float] | None, dtype: torch.dtype) -> Tensor | None:
+def _merge_pieces(pieces: Sequence[Tensor], rule: Rule | None, dtype: torch.dtype) -> Tensor | None:
     """One piece of the output; None where the values forbid it."""
-    if pieces[0].dtype not in AVERAGED_DTYPES:
+    if rule is None:
         return pieces[0] if all(torch.equal(pieces[0], piece) for piece in pieces[1:]) else None
-    merged = average(pieces, weights, dtype)
+    merged = rule(pieces, dtype)
     return merged if bool(torch.isfinite(merged).all()) else None
 
 
@@ -205,16 +211,20 @@ def _manifest(
     outputs: dict[str, str],
     shards: dict[str, list[PlannedTensor]],
 ) -> dict[str, Any]:
-    weights = settings.weights or [1.0] * len(folders)
+    shares = model_weights(settings)
+    if settings.base is None:
+        shares = [share / sum(shares) for share in shares]
+    else:
+        shares.append(1 - sum(shares))  # what is left for the base in base + sum_i w_i * (model_i - base)
     planned = [tensor for shard in shards.values() for tensor in shard]
     parents = [
         {
             "path": str(folder),
-            "weight": weight / sum(weights),
+            "weight": share,
             "manifest_sha256": sha256_of(folder / MANIFEST) if (folder / MANIFEST).exists() else None,
             "files": described.result(),
         }
-        for folder, weight, described in zip(folders, weights, hashes, strict=True)
+        for folder, share, described in zip(folders, shares, hashes, strict=True)
     ]
     return {
         "kind": "merge",

@@ -47,3 +47,7 @@ class MergeMethod(str, Enum):
 
     uniform = "uniform"
     weighted = "weighted"
+    wma = "wma"  # weights 1, 2, ..., K along a trajectory
+    ema = "ema"  # weights that decay into the past of a trajectory
+    slerp = "slerp"  # along the arc between two models
+    task_arithmetic = "task_arithmetic"  # base + weighted sum of the models' deltas to it
