@@ -28,6 +28,7 @@ from keye_train.settings.data import (
     VideoBackend,
     ZeroshotSettings,
 )
+from keye_train.settings.merging import MergeSettings
 from keye_train.settings.model import (
     CaptionDecoderSettings,
     LanguageModelSettings,
@@ -40,7 +41,6 @@ from keye_train.settings.model import (
 from keye_train.settings.tasks import (
     AnswerSettings,
     EvaluationSettings,
-    MergeSettings,
     PipelineRun,
     PipelineSettings,
     PipelineStageSettings,
