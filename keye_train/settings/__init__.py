@@ -17,6 +17,7 @@ from keye_train.settings.basics import (
     ScheduleShape,
     SettingsError,
 )
+from keye_train.settings.checkpoint import CheckpointSettings
 from keye_train.settings.data import (
     CurriculumPoint,
     CurriculumSettings,
@@ -46,7 +47,6 @@ from keye_train.settings.tasks import (
     PipelineStageSettings,
 )
 from keye_train.settings.training import (
-    CheckpointSettings,
     DeepSpeedSettings,
     LoggingSettings,
     ModuleRateSettings,

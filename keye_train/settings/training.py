@@ -12,6 +12,7 @@ from keye_train.settings.basics import (
     ScheduleShape,
     SettingsError,
 )
+from keye_train.settings.checkpoint import CheckpointSettings, check_checkpoint
 from keye_train.settings.data import DataSettings, check_data
 from keye_train.settings.model import ModelSettings, check_model
 
@@ -127,15 +128,6 @@ class LoggingSettings:
 
 
 @dataclass
-class CheckpointSettings:
-    """When the state of the training is saved."""
-
-    every_steps: int = 500
-    keep: int = 2
-    """Newest checkpoints kept; older ones are deleted once a newer one is whole."""
-
-
-@dataclass
 class TrainSettings:
     """One run of ``keye-train``: one stage of one model on one data recipe."""
 
@@ -176,8 +168,7 @@ class TrainSettings:
                 "stage.compile_layers=true does not go with deepspeed.zero_stage=3, which gathers weights inside the "
                 "layers: use deepspeed.zero_stage=2 or less, or stage.compile_layers=false"
             )
-        if self.checkpoint.every_steps < 1 or self.checkpoint.keep < 1:
-            raise SettingsError("checkpoint.every_steps and checkpoint.keep must be at least 1")
+        check_checkpoint(self.checkpoint)
         if self.logging.every_steps < 1:
             raise SettingsError("logging.every_steps must be at least 1")
         if self.parent is None and not self.model.start.random:
