@@ -1,0 +1,94 @@
+"""``keye-pipeline``, ``keye-merge``, ``keye-eval`` and ``keye-report``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from keye_train.cli.common import guarded, recipe_command
+from keye_train.settings import EvaluationSettings, MergeSettings, PipelineSettings
+
+PIPELINE_HELP = """\
+Run the whole chain of a pipeline recipe: stages, merge, evaluation, report. Finished parts are kept: run the same
+command again to go on after an interruption.
+
+  keye-pipeline pipeline=demo
+  keye-pipeline pipeline=demo out=runs/other
+"""
+MERGE_HELP = """\
+Average checkpoints, one tensor at a time, in fp32 or better.
+
+  keye-merge models=[runs/demo/stage3_a,runs/demo/stage3_b] out=runs/merged
+  keye-merge merge=weighted models=[a,b] weights=[0.7,0.3] out=runs/merged dtype=bfloat16
+  keye-merge merge=ema models=[export-100,export-200,export-300] out=runs/merged       along one run, oldest first
+  keye-merge models=[a,b] out=runs/merged '+modules={mlp_AR.*:[1.0,0.0]}'             the projector of a
+"""
+EVAL_HELP = """\
+Answer held-out samples and score them per task.
+
+  keye-eval data=demo models=[runs/demo/merge] out=runs/demo/evaluation
+  keye-eval data=demo models=[runs/a,runs/b] out=runs/compare samples_per_task=50
+"""
+REPORT_HELP = """\
+Write one self-contained HTML page about a pipeline's folder or a single run.
+
+  keye-report runs/demo
+  keye-report runs/demo --out report.html
+"""
+
+
+def pipeline_main(argv: Sequence[str] | None = None) -> None:
+    """``keye-pipeline``: the whole chain."""
+
+    def work(settings: PipelineSettings) -> int:
+        from keye_train.pipeline import run_pipeline
+
+        return run_pipeline(settings)
+
+    recipe_command("keye-pipeline", PIPELINE_HELP, PipelineSettings, "pipeline", ("pipeline",), work, argv)
+
+
+def merge_main(argv: Sequence[str] | None = None) -> None:
+    """``keye-merge``: average checkpoints."""
+
+    def work(settings: MergeSettings) -> int:
+        from keye_train.merging import merge
+
+        print(f"merged model: {merge(settings)}")
+        return 0
+
+    recipe_command("keye-merge", MERGE_HELP, MergeSettings, "merge", ("merge",), work, argv)
+
+
+def eval_main(argv: Sequence[str] | None = None) -> None:
+    """``keye-eval``: scores on held-out samples."""
+
+    def work(settings: EvaluationSettings) -> int:
+        from keye_train.evaluation import evaluate
+
+        print(f"results: {evaluate(settings)}")
+        return 0
+
+    recipe_command("keye-eval", EVAL_HELP, EvaluationSettings, "eval", ("data",), work, argv)
+
+
+def report_main(argv: Sequence[str] | None = None) -> None:
+    """``keye-report``: one HTML page about a run or a pipeline."""
+    parser = argparse.ArgumentParser(
+        prog="keye-report", description=REPORT_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder of a pipeline or of one run")
+    parser.add_argument("--out", type=Path, default=None, help="file to write (default: RUN/report.html)")
+    arguments = parser.parse_args(argv)
+    from keye_train.report import write_report
+
+    guarded(
+        "keye-report",
+        lambda: _print_report(write_report(arguments.run, arguments.out or arguments.run / "report.html")),
+    )
+
+
+def _print_report(page: Path) -> int:
+    print(f"report: {page}")
+    return 0
