@@ -10,8 +10,8 @@ from keye_train.cli.common import recipe_command
 from keye_train.settings import TrainSettings
 
 COMMANDS: dict[str, str] = {}
-"""First word behind ``keye-train`` that is no override -> what it does. Its module in this folder, of the same name, has
-a function ``main(argv)``."""
+"""First word behind ``keye-train`` that is no override -> what it does. Its module in this folder, of the same name,
+has a function ``main(argv)``."""
 
 TRAIN_HELP = """\
 Train one stage. Choose a recipe of each group, then change any value:
