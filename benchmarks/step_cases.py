@@ -62,7 +62,7 @@ class Case:
             f"stage.max_tokens={self.max_tokens}",
             f"stage.max_patches={4 * self.max_tokens}",
             f"stage.global_batch_packs={self.packs}",
-            f"stage.activation_checkpointing={str(self.checkpointing).lower()}",
+            f"stage.activation_checkpointing={'full' if self.checkpointing else 'none'}",
         ]
         if self.layers is not None:
             overrides.append(f"model.language.num_hidden_layers={self.layers}")

@@ -29,6 +29,11 @@ def test_stage_model_and_data_compose_in_every_combination(stage: str, model: st
     assert settings.run_dir == f"runs/{stage}-{model}-{data}"
 
 
+@pytest.mark.parametrize("guards", compose.choices("guards"))
+def test_guard_recipes_compose(guards: str) -> None:
+    assert compose.load_settings(TrainSettings, "train", [*EIGHT_B, f"guards={guards}"]).guards.watchdog.enabled
+
+
 @pytest.mark.parametrize("deepspeed", compose.choices("deepspeed"))
 @pytest.mark.parametrize("logging", compose.choices("logging"))
 def test_deepspeed_and_logging_recipes_compose(deepspeed: str, logging: str) -> None:
@@ -102,9 +107,12 @@ def test_a_stored_recipe_reads_back_equal() -> None:
         (["model.language.mrope_section=[1,2,3]"], "mrope_section"),
         (["data.resolution.image_min_tokens=0"], "image_min_tokens"),
         (["model.start.random=false"], "parent="),
-        (["stage.compile_layers=true", "stage.activation_checkpointing=true"], "set one of"),
+        (["guards.spike.min_steps=200"], "guards.spike.window_steps=128"),
+        (["guards.watchdog.step_s=9000"], "has no effect: collectives give up"),
+        (["guards.non_finite.max_in_a_row=0"], "must be at least 1"),
+        (["stage.compile_layers=true", "stage.activation_checkpointing=full"], "set one of"),
         (
-            ["stage.compile_layers=true", "stage.activation_checkpointing=false", "deepspeed=zero3"],
+            ["stage.compile_layers=true", "stage.activation_checkpointing=none", "deepspeed=zero3"],
             "deepspeed.zero_stage=2 or less",
         ),
     ],

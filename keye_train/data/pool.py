@@ -182,14 +182,14 @@ class _ReaderProcess:
 
 
 def _start(read: Read[Any, Any], limits: DecodeLimits, processes: int) -> list[_ReaderProcess]:
-    """Start readers that are deaf to SIGINT and SIGTERM: the trainer decides when they end.
+    """Start readers that are deaf to SIGINT, SIGTERM and SIGUSR1: the trainer decides when they end.
 
-    Both reach them past the trainer, from a terminal and from launchers that signal the whole process group, while it
-    still needs the packs of its last step.
-    A blocked signal stays blocked in a started process from its first instruction on.
+    All three reach them past the trainer, from a terminal and from launchers that signal the whole process group,
+    while it still needs the packs of its last step. A blocked signal stays blocked in a started process from its first
+    instruction on.
     """
     resource_tracker.ensure_running()  # every start makes sure that it runs, and starting it unblocks the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
     try:
         return [_ReaderProcess(read, limits, number) for number in range(processes)]
     finally:

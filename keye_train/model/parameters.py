@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from keye_train.model.attention import keep_out_of_graphs
@@ -44,12 +45,30 @@ def module_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Paramete
     return modules
 
 
-def enable_activation_checkpointing(model: nn.Module) -> None:
-    """Keep only the input of each layer of every tower; the backward computes the rest again."""
+def enable_activation_checkpointing(model: nn.Module, selective: bool = False) -> None:
+    """Keep only the input of each layer of every tower; the backward computes the rest again.
+
+    Args:
+        model: a KeyeForConditionalGeneration or a DualEncoder.
+        selective: keep the results of attention too, [T, W] for each layer. They are what grows with the square of a
+            sample's length to compute, and as small as the input (Korthikanti et al., arXiv 2205.05198, section 5,
+            recompute attention instead, which then formed its weights; a fused kernel does not).
+    """
+    contexts: dict[str, Any] = (
+        {"context_fn": partial(create_selective_checkpoint_contexts, _keep_attention)} if selective else {}
+    )
+    function = partial(checkpoint, use_reentrant=False, **contexts)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.gradient_checkpointing = True
-            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+            module._gradient_checkpointing_func = function  # type: ignore[assignment]
+
+
+def _keep_attention(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """The kernels of every back end: aten's flash, memory-efficient and CPU ones, torch's varlen, flash-attn."""
+    name = str(operator)
+    kept = "attention" in name or "attn" in name
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:

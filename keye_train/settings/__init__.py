@@ -10,6 +10,7 @@ Units stand in the names: ``_tokens`` are tokens of the language model (one toke
 
 from keye_train.settings.basics import (
     MODULES,
+    ActivationCheckpointing,
     LossWeighting,
     MergeMethod,
     Objective,
@@ -28,6 +29,14 @@ from keye_train.settings.data import (
     StorageSettings,
     VideoBackend,
     ZeroshotSettings,
+)
+from keye_train.settings.guards import (
+    GuardSettings,
+    HangPolicy,
+    NonFiniteSettings,
+    SpikePolicy,
+    SpikeSettings,
+    WatchdogSettings,
 )
 from keye_train.settings.merging import MergeSettings
 from keye_train.settings.model import (
@@ -58,6 +67,7 @@ from keye_train.settings.training import (
 
 __all__ = [
     "MODULES",
+    "ActivationCheckpointing",
     "AnswerSettings",
     "CaptionDecoderSettings",
     "CheckpointSettings",
@@ -66,6 +76,8 @@ __all__ = [
     "DataSettings",
     "DeepSpeedSettings",
     "EvaluationSettings",
+    "GuardSettings",
+    "HangPolicy",
     "LanguageModelSettings",
     "LoggingSettings",
     "LossWeighting",
@@ -74,6 +86,7 @@ __all__ = [
     "MixtureUnit",
     "ModelSettings",
     "ModuleRateSettings",
+    "NonFiniteSettings",
     "Objective",
     "OptimizerSettings",
     "PipelineRun",
@@ -86,6 +99,8 @@ __all__ = [
     "SettingsError",
     "SourceSettings",
     "SpecialTokenSettings",
+    "SpikePolicy",
+    "SpikeSettings",
     "StageSettings",
     "StartWeightsSettings",
     "StorageSettings",
@@ -93,5 +108,6 @@ __all__ = [
     "TrainSettings",
     "VideoBackend",
     "VisionTowerSettings",
+    "WatchdogSettings",
     "ZeroshotSettings",
 ]

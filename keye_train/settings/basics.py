@@ -26,6 +26,14 @@ class LossWeighting(str, Enum):
     square = "square"  # 1 / sqrt(n), "square averaging": between the two
 
 
+class ActivationCheckpointing(str, Enum):
+    """What the backward of a layer finds, and what it computes again. Losses and gradients are the same."""
+
+    none = "none"  # every activation is kept
+    selective = "selective"  # the input of each layer and the results of attention are kept
+    full = "full"  # the input of each layer is kept
+
+
 class ScheduleShape(str, Enum):
     """Shape of the learning rate after the linear warm-up."""
 

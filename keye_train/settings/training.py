@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from keye_train.settings.basics import (
     MODULES,
+    ActivationCheckpointing,
     LossWeighting,
     Objective,
     Precision,
@@ -14,6 +15,7 @@ from keye_train.settings.basics import (
 )
 from keye_train.settings.checkpoint import CheckpointSettings, check_checkpoint
 from keye_train.settings.data import DataSettings, check_data
+from keye_train.settings.guards import GuardSettings, check_guards
 from keye_train.settings.model import ModelSettings, check_model
 
 
@@ -94,7 +96,7 @@ class StageSettings:
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     caption_weight: float = 0.0
     """Stage 0: weight of the caption loss beside the contrastive one (Kimi-VL: 2); 0: no caption decoder."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     compile_layers: bool = False
     """Compile each layer with torch.compile: a minute at the start, fewer passes over memory afterwards."""
 
@@ -138,6 +140,7 @@ class TrainSettings:
     logging: LoggingSettings
     run_dir: str
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    guards: GuardSettings = field(default_factory=GuardSettings)
     parent: str | None = None
     """Run folder or export of the stage before; null: first weights from ``model.start``."""
     seed: int = 0
@@ -158,10 +161,10 @@ class TrainSettings:
             raise SettingsError("deepspeed.offload_parameters=true needs deepspeed.zero_stage=3")
         if self.deepspeed.offload_optimizer and self.deepspeed.zero_stage == 0:
             raise SettingsError("deepspeed.offload_optimizer=true needs deepspeed.zero_stage=1, 2 or 3")
-        if self.stage.compile_layers and self.stage.activation_checkpointing:
+        if self.stage.compile_layers and self.stage.activation_checkpointing != ActivationCheckpointing.none:
             raise SettingsError(
                 "stage.compile_layers=true has no effect inside activation checkpointing: set one of "
-                "stage.compile_layers and stage.activation_checkpointing to false"
+                "stage.compile_layers=false and stage.activation_checkpointing=none"
             )
         if self.stage.compile_layers and self.deepspeed.zero_stage == 3:
             raise SettingsError(
@@ -171,6 +174,7 @@ class TrainSettings:
         check_checkpoint(self.checkpoint)
         if self.logging.every_steps < 1:
             raise SettingsError("logging.every_steps must be at least 1")
+        check_guards(self.guards, self.deepspeed.timeout_minutes)
         if self.parent is None and not self.model.start.random:
             _check_start_weights(self)
 

@@ -21,7 +21,7 @@ from keye_train.model import (
 )
 from keye_train.model.dual_encoder import DualEncoder
 from keye_train.model.start import initial_dual_encoder, initial_model
-from keye_train.settings import Objective, SettingsError, StageSettings, TrainSettings
+from keye_train.settings import ActivationCheckpointing, Objective, SettingsError, StageSettings, TrainSettings
 from keye_train.training.objectives import ContrastiveObjective, LanguageObjective, TrainingObjective
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,9 @@ def build_objective(settings: TrainSettings) -> TrainingObjective:
             check_parent(parent, settings)
         objective = LanguageObjective(initial_model(settings.model, settings.seed, parent), precision)
     freeze(objective.model, stage)
-    if stage.activation_checkpointing:
-        enable_activation_checkpointing(objective.model)
+    if stage.activation_checkpointing != ActivationCheckpointing.none:
+        selective = stage.activation_checkpointing == ActivationCheckpointing.selective
+        enable_activation_checkpointing(objective.model, selective)
     if stage.compile_layers:
         compile_layers(objective.model)
     return objective.train()

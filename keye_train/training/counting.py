@@ -67,14 +67,16 @@ class BatchCounter:
         broken = Counter(ref.source for pack in data.packs for ref, _ in pack.skipped)
         packs = [sum(getattr(pack, name) for pack in data.packs) for name in ("tokens", "patches", "digest")]
         weight = sum(total_weight(self.item_samples(pack), self.weighting) for pack in data.packs)
-        *sums, interrupts, terminations = world.sum_int(
+        flags = stop.as_flags()
+        summed = world.sum_int(
             [
                 *by_source.tolist(),
                 *(count[name] for count in (read, broken) for name in names),
                 *(*packs, len(data.dropped), unreadable(data), weight),
-                *stop.as_flags(),
+                *flags,
             ]
         )
+        sums, stops = summed[: -len(flags)], summed[-len(flags) :]
         sources, reads, brokens = (sums[len(names) * part : len(names) * (part + 1)] for part in range(3))
         tokens, patches, digest, dropped, marked, weight = sums[3 * len(names) :]
         after = data.plan_state_after
@@ -92,6 +94,6 @@ class BatchCounter:
             samples=sum(reads),
             skipped=sum(brokens) + dropped,
             digest=digest,
-            stop=StopRequest.from_flags(interrupts, terminations),
+            stop=StopRequest.from_flags(stops),
             items_by_source=sources,
         )

@@ -1,4 +1,4 @@
-"""What stops a run on purpose: gradients that stay non-finite, and signals of the user or the scheduler."""
+"""What stops a run on purpose: updates that stay non-finite, and signals of the user or the scheduler."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from collections.abc import Sequence
 from types import FrameType
 
 from keye_train.sample import SampleRef
+from keye_train.settings import NonFiniteSettings
 
 logger = logging.getLogger(__name__)
-
-MAX_REFUSED_IN_A_ROW = 5
-"""Updates in a row that may be refused for a non-finite gradient. One bad batch is survivable; five mean that the
-weights themselves, or every batch, are broken, and further steps would only burn compute."""
-
 
 PATIENCE_S = 3.0
 """Seconds after a SIGINT from which on another one means it."""
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""A scheduler's come first where ranks got different ones."""
+
+
 class NonFiniteError(RuntimeError):
-    """Too many updates in a row had a non-finite gradient norm."""
+    """Too many updates had a loss or gradient that was not finite."""
 
 
 class NonFiniteGuard:
-    """Counts updates that were refused for a non-finite gradient and stops the run when they do not end."""
+    """Counts updates refused for a loss or gradient that was not finite, and stops the run when they do not end."""
 
-    def __init__(self, in_a_row: int = 0, total: int = 0) -> None:
+    def __init__(self, settings: NonFiniteSettings, in_a_row: int = 0, total: int = 0) -> None:
+        self._settings = settings
         self.in_a_row = in_a_row
         self.total = total
 
@@ -41,7 +42,7 @@ class NonFiniteGuard:
             samples: this rank's samples of the global batch, named in the log.
 
         Raises:
-            NonFiniteError: ``MAX_REFUSED_IN_A_ROW`` refused updates in a row.
+            NonFiniteError: more refused updates than ``guards.non_finite`` allows.
         """
         if applied:
             self.in_a_row = 0
@@ -49,16 +50,24 @@ class NonFiniteGuard:
         self.in_a_row += 1
         self.total += 1
         named = ", ".join(f"{ref.source}/{ref.key} in {ref.shard}" for ref in samples)
-        logger.warning("step %d: non-finite gradient, update not applied; samples of this rank: %s", step, named)
-        if self.in_a_row >= MAX_REFUSED_IN_A_ROW:
+        logger.warning(
+            "step %d: loss or gradient not finite, update not applied; samples of this rank: %s", step, named
+        )
+        limits = self._settings
+        row = self.in_a_row >= limits.max_in_a_row
+        if row or 0 < limits.max_total <= self.total:
+            times = f"{self.in_a_row} times in a row" if row else f"{self.total} times in this run"
+            key = "max_in_a_row" if row else "max_total"
             raise NonFiniteError(
-                f"step {step}: the gradient was not finite {self.in_a_row} times in a row. Lower "
-                f"stage.optimizer.lr or look at these samples: {named}"
+                f"step {step}: loss or gradient was not finite {times} (guards.non_finite.{key}="
+                f"{getattr(limits, key)}). Lower stage.optimizer.lr or look at these samples: {named}"
             )
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a wish that the training loop grants at the end of a step.
+    """Turns SIGINT, SIGTERM and SIGUSR1 into a wish that the training loop grants at the end of a step.
+
+    SIGUSR1 is what schedulers are told to send ahead of a preemption (Slurm's ``--signal=USR1@300``).
 
     A second SIGINT, at least ``PATIENCE_S`` later, is passed on as KeyboardInterrupt, for those who cannot wait. Sooner
     it is an echo: on Ctrl-C each rank gets the terminal's signal and then the launcher's.
@@ -70,7 +79,7 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -78,14 +87,14 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def as_flags(self) -> tuple[int, int]:
-        """Whether SIGINT and SIGTERM came: two numbers that can be summed over the ranks."""
-        return int(self.signal_number == signal.SIGINT), int(self.signal_number == signal.SIGTERM)
+    def as_flags(self) -> tuple[int, ...]:
+        """Which of ``STOP_SIGNALS`` came: numbers that can be summed over the ranks."""
+        return tuple(int(self.signal_number == number) for number in STOP_SIGNALS)
 
     @staticmethod
-    def from_flags(interrupts: int, terminations: int) -> int:
-        """Signal that stops the run, given how many ranks got which; 0: none. SIGTERM, a scheduler's, comes first."""
-        return signal.SIGTERM if terminations else signal.SIGINT if interrupts else 0
+    def from_flags(counts: Sequence[int]) -> int:
+        """Signal that stops the run, given how many ranks got each of ``STOP_SIGNALS``; 0: none."""
+        return next((number for number, count in zip(STOP_SIGNALS, counts, strict=True) if count), 0)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
@@ -96,5 +105,5 @@ class StopRequest:
 
 
 def exit_code(signal_number: int) -> int:
-    """Shell convention: 128 + number of the signal (130 for SIGINT, 143 for SIGTERM)."""
+    """Shell convention: 128 + number of the signal (130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1 on Linux)."""
     return 128 + signal_number

@@ -20,12 +20,13 @@ from keye_train.settings import SettingsError, TrainSettings
 
 RUNNING, FINISHED = "running", "finished"
 
-# Prefixes of the keys that a resumed run may change: none of them alters which samples are trained on, and the loss
-# only by rounding.
+# Prefixes of the keys that a resumed run may change: none of them alters which samples are planned, and the loss only
+# by rounding. Guards decide which updates are refused: whoever sees a run go wrong must be able to set them.
 FREE_TO_CHANGE = (
     "run_dir",
     "logging.",
     "checkpoint.",
+    "guards.",
     "deepspeed.zero_stage",
     "deepspeed.offload_",
     "deepspeed.overlap_comm",

@@ -49,12 +49,12 @@ def train(settings: TrainSettings) -> int:
     Works in one process, and in every process that torchrun or the deepspeed launcher starts.
 
     Returns:
-        Exit code: 0 when the run is finished (also when it was before), 130 or 143 when a signal stopped it.
+        Exit code: 0 when the run is finished (also when it was before), 130, 143 or 138 when a signal stopped it.
 
     Raises:
         SettingsError: the recipe cannot work, or ``run_dir`` belongs to another recipe.
         ValueError: data, parent or checkpoint do not fit the recipe.
-        NonFiniteError: the gradient stayed non-finite.
+        NonFiniteError: loss or gradient stayed non-finite.
     """
     settings.check()
     run_dir = Path(settings.run_dir)
@@ -87,7 +87,7 @@ class Trainer:
         self.engine = self._build_engine(found)
         self.skip_limit = SkipLimit(settings.data)
         self.skip_limit.check_marks(self.plan)
-        self.guard = NonFiniteGuard(self.state.refused_in_a_row, self.state.refused_total)
+        self.guard = NonFiniteGuard(settings.guards.non_finite, self.state.refused_in_a_row, self.state.refused_total)
         self.counter = BatchCounter(self.plan.sources, self.objective, self.stage.loss_weighting)
         weighted = () if self.stage.loss_weighting == LossWeighting.per_token else (WEIGHTED_LOSS,)
         squares = tuple(f"{GRAD_SQUARE}{module}" for module in self.stage.trainable)

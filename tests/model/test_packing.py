@@ -100,15 +100,20 @@ class TestPackedEqualsSingle:
             single.sum().backward()
         assert_close_gradients(packed, gradients(model))
 
-    def test_activation_checkpointing_changes_nothing(self) -> None:
+    @pytest.mark.parametrize("selective", [False, True])
+    def test_activation_checkpointing_changes_nothing_but_what_is_computed_again(self, selective: bool) -> None:
         plain, checkpointed = golden.tiny_model(), golden.tiny_model()
-        enable_activation_checkpointing(checkpointed)
+        enable_activation_checkpointing(checkpointed, selective)
         inputs = golden.pack(golden.SAMPLES, plain.config)
-        results = []
+        results, attended = [], []
         for model in (plain, checkpointed):
-            losses = model.forward_packed(inputs)
-            losses.sum().backward()
+            with Operations() as operations:
+                losses = model.forward_packed(inputs)
+                losses.sum().backward()
             results.append((losses, gradients(model)))
+            attended.append(sum("attention" in name and "backward" not in name for name in operations.names))
+        assert attended[0] > 0
+        assert attended[1] == attended[0] * (1 if selective else 2)
         assert torch.equal(results[0][0], results[1][0])
         for name, gradient in results[0][1].items():
             assert torch.equal(gradient, results[1][1][name]), name
@@ -267,7 +272,7 @@ def map_tensors(inputs: Any, function: Any) -> Any:
 
 
 def fake_forward(
-    samples: tuple[str, ...], checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+    samples: tuple[str, ...], checkpointing: str, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[KeyeForConditionalGeneration, Tensor, list[str]]:
     """The training forward as a GPU runs it, on tensors that have shapes and no values: reading one raises.
 
@@ -283,8 +288,8 @@ def fake_forward(
     inputs = map_tensors(golden.pack(samples, config), mode.from_tensor)
     with mode:
         model = KeyeForConditionalGeneration(config)
-        if checkpointing:
-            enable_activation_checkpointing(model)
+        if checkpointing != "none":
+            enable_activation_checkpointing(model, checkpointing == "selective")
         with Operations() as operations, torch.autocast("cpu", dtype=torch.bfloat16):
             losses = model.forward_packed(inputs)
     assert losses.shape == inputs.loss_rows.shape
@@ -292,10 +297,10 @@ def fake_forward(
 
 
 class TestNothingWaitsForTheDevice:
-    @pytest.mark.parametrize("checkpointing", [False, True])
+    @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
     @pytest.mark.parametrize("samples", [golden.SAMPLES, ("text",)])
     def test_forward_and_backward_read_no_value(
-        self, samples: tuple[str, ...], checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+        self, samples: tuple[str, ...], checkpointing: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         model, losses, _ = fake_forward(samples, checkpointing, monkeypatch)
         losses.sum().backward()
@@ -304,7 +309,7 @@ class TestNothingWaitsForTheDevice:
 
     def test_nothing_loops_over_images_or_samples(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The very same operations for one image as for many images and videos: one call of each tower."""
-        one, many = (fake_forward(samples, False, monkeypatch)[2] for samples in (("image",), golden.SAMPLES))
+        one, many = (fake_forward(samples, "none", monkeypatch)[2] for samples in (("image",), golden.SAMPLES))
         assert one == many
         # Once per pack, not once per layer: the gather from the position table, and each tower's angles.
         assert [many.count(name) for name in ("_embedding_bag", "cos", "sin")] == [1, 2, 2]

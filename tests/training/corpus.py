@@ -83,7 +83,7 @@ OVERRIDES = (
     "stage.max_patches=200",
     "stage.global_batch_packs=4",
     "stage.schedule.warmup_steps=1",
-    "stage.activation_checkpointing=false",
+    "stage.activation_checkpointing=none",
     "stage.optimizer.lr=1e-3",
     "logging.tensorboard=false",
 )

@@ -53,11 +53,11 @@ class Case:
     objective: str  # language, contrastive, or captions: contrastive with a caption decoder
     zero_stage: int
     trainable: tuple[str, ...]
-    checkpointing: bool = False
+    checkpointing: str = "none"
 
     @property
     def name(self) -> str:
-        ending = ["checkpointing"] if self.checkpointing else []
+        ending = [] if self.checkpointing == "none" else [self.checkpointing]
         return "-".join([self.objective, f"zero{self.zero_stage}", *self.trainable, *ending])
 
     @property
@@ -69,7 +69,8 @@ CASES = [
     *(Case("language", stage, trainable) for stage in (1, 2, 3) for trainable in LANGUAGE),
     *(Case("contrastive", stage, trainable) for stage in (1, 2, 3) for trainable in CONTRASTIVE),
     *(Case("captions", stage, trainable) for stage, trainable in CAPTIONS),
-    Case("language", 3, LANGUAGE[-1], checkpointing=True),
+    Case("language", 3, LANGUAGE[-1], checkpointing="full"),
+    Case("language", 3, LANGUAGE[-1], checkpointing="selective"),
 ]
 
 
@@ -211,8 +212,8 @@ def main(out: Path) -> None:
         recipe.stage.optimizer.lr, recipe.stage.optimizer.module_lr.vision = 0.0, None
         model = model_of(case.objective)
         freeze(model, recipe.stage)
-        if case.checkpointing:
-            enable_activation_checkpointing(model)
+        if case.checkpointing != "none":
+            enable_activation_checkpointing(model, case.checkpointing == "selective")
         objective = (
             LanguageObjective(model, Precision.fp32)
             if isinstance(model, KeyeForConditionalGeneration)

@@ -8,21 +8,31 @@ import pytest
 import torch
 
 from keye_train.sample import SampleRef
-from keye_train.training.guards import MAX_REFUSED_IN_A_ROW, NonFiniteError, NonFiniteGuard, StopRequest, exit_code
+from keye_train.settings import NonFiniteSettings
+from keye_train.training.guards import NonFiniteError, NonFiniteGuard, StopRequest, exit_code
 from keye_train.training.trainer import seed_step, weighted_sum
 
 REFS = [SampleRef("images", "a.tar", "000001")]
 
 
 def test_refused_updates_stop_the_run_only_in_a_row_and_name_the_samples() -> None:
-    guard = NonFiniteGuard()
-    for step in range(3 * MAX_REFUSED_IN_A_ROW):
-        guard.observe(step % MAX_REFUSED_IN_A_ROW == 0, step, REFS)
-    for step in range(MAX_REFUSED_IN_A_ROW - 1 - guard.in_a_row):
-        guard.observe(False, step, REFS)
-    with pytest.raises(NonFiniteError, match=r"000001 in a\.tar"):
-        guard.observe(False, 99, REFS)
-    assert guard.total == 3 * (MAX_REFUSED_IN_A_ROW - 1) + 1
+    guard = NonFiniteGuard(NonFiniteSettings(max_in_a_row=3))
+    for step in range(9):
+        guard.observe(step % 3 == 0, step, REFS)
+    guard.observe(True, 9, REFS)
+    guard.observe(False, 10, REFS)
+    guard.observe(False, 11, REFS)
+    with pytest.raises(NonFiniteError, match=r"max_in_a_row=3.*000001 in a\.tar"):
+        guard.observe(False, 12, REFS)
+    assert guard.total == 9
+
+
+def test_refused_updates_stop_the_run_at_their_total_where_the_recipe_says_so() -> None:
+    guard = NonFiniteGuard(NonFiniteSettings(max_total=4), total=2)
+    guard.observe(False, 1, REFS)
+    guard.observe(True, 2, REFS)
+    with pytest.raises(NonFiniteError, match="max_total=4"):
+        guard.observe(False, 3, REFS)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
@@ -42,15 +52,18 @@ def test_no_label_gives_a_zero_gradient() -> None:
 def test_signals_are_wishes_and_the_launchers_echo_is_ignored() -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as request:
-        assert request.as_flags() == (0, 0)
+        assert request.as_flags() == (0, 0, 0)
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # the same Ctrl-C, handed on by torchrun
-        assert request.as_flags() == (1, 0)
+        assert request.as_flags() == (0, 0, 1)
     assert signal.getsignal(signal.SIGINT) is before
-    assert StopRequest.from_flags(2, 0) == signal.SIGINT
-    assert StopRequest.from_flags(1, 1) == signal.SIGTERM
-    assert StopRequest.from_flags(0, 0) == 0
-    assert (exit_code(signal.SIGINT), exit_code(signal.SIGTERM)) == (130, 143)
+    with StopRequest() as request:
+        signal.raise_signal(signal.SIGUSR1)
+        assert StopRequest.from_flags(request.as_flags()) == signal.SIGUSR1
+    assert StopRequest.from_flags((0, 0, 2)) == signal.SIGINT
+    assert StopRequest.from_flags((1, 1, 1)) == signal.SIGTERM
+    assert StopRequest.from_flags((0, 0, 0)) == 0
+    assert [exit_code(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == [130, 143, 138]
 
 
 def test_random_numbers_of_a_step_do_not_depend_on_the_past() -> None:

@@ -79,7 +79,7 @@ class TestOneModelWhateverTheRanks:
 
     def test_deepspeed_launcher(self, toy_corpus: ToyCorpus, one_process: Path, tmp_path: Path) -> None:
         run_dir = tmp_path / "run"
-        short = ("stage.steps=12", "deepspeed.zero_stage=3", "stage.activation_checkpointing=true")
+        short = ("stage.steps=12", "deepspeed.zero_stage=3", "stage.activation_checkpointing=full")
         ranks.run(toy_corpus.command(DEEPSPEED, STAGE, run_dir, *short), timeout_s=240)
         assert losses(run_dir) == pytest.approx(losses(one_process), rel=1e-5)
 
