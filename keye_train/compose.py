@@ -1,8 +1,8 @@
 """From recipes and command-line overrides to typed settings.
 
-``recipes/`` holds one primary recipe per command (train, merge, eval, pipeline) and the groups they choose from. Hydra
-composes them; the result is checked against the dataclasses of ``keye_train.settings``: unknown keys and wrong types
-stop here with the key named.
+``recipes/`` holds one primary recipe per command (train, merge, eval, pipeline, ...) and the groups they choose from.
+Hydra composes them; the result is checked against the dataclasses of ``keye_train.settings``: unknown keys and wrong
+types stop here with the key named.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from keye_train.settings import (
+    CurveSettings,
+    DiagnosisSettings,
     EvaluationSettings,
     MergeSettings,
     PipelineSettings,
     ResolutionSettings,
     SettingsError,
+    SoupSettings,
     TrainSettings,
 )
 
@@ -35,7 +38,15 @@ RECIPES_VARIABLE = "KEYE_RECIPES"
 
 # Each primary recipe starts from its schema, so that every key of the dataclasses can be overridden without "+",
 # and a wrong one is refused while composing.
-_SCHEMAS = {"train": TrainSettings, "merge": MergeSettings, "eval": EvaluationSettings, "pipeline": PipelineSettings}
+_SCHEMAS = {
+    "train": TrainSettings,
+    "merge": MergeSettings,
+    "diagnose": DiagnosisSettings,
+    "curve": CurveSettings,
+    "search": SoupSettings,
+    "eval": EvaluationSettings,
+    "pipeline": PipelineSettings,
+}
 for _name, _schema in _SCHEMAS.items():
     ConfigStore.instance().store(name=f"{_name}_schema", node=_schema)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from keye_train import compose
+from keye_train.cli.soups import COMMANDS as MERGE_COMMANDS
 from keye_train.cli.train import COMMANDS as TRAIN_COMMANDS
 from keye_train.settings import EvaluationSettings, MergeSettings, PipelineSettings, TrainSettings
 
@@ -64,6 +65,8 @@ def test_a_shown_command_is_understood(page: str, line: str) -> None:
         if "--help" in words:
             return
         schema, primary = PROGRAMS[program]
+        if program == "keye-merge" and words[1] in MERGE_COMMANDS:
+            schema, primary, words = MERGE_COMMANDS[words[1]].schema, words[1], words[1:]
         compose.load_settings(schema, primary, [word for word in words[1:] if not word.startswith("--")])
     elif program == "keye-data":
         from data_tools.cli import build_parser

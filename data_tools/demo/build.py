@@ -81,7 +81,7 @@ TRAIN_SAMPLES = {
     "pairs_words": 4000,
     "pairs_photos": 500,
 }
-HELDOUT_SAMPLES = 120  # of each task
+HELDOUT_SAMPLES = 240  # of each task: half for the table, half for the search for a soup
 HELDOUT_PAIRS = {
     "pairs_objects": 58,
     "pairs_places": 40,

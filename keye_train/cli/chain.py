@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from keye_train.cli import soups
 from keye_train.cli.common import guarded, recipe_command
 from keye_train.settings import EvaluationSettings, MergeSettings, PipelineSettings
 
@@ -23,6 +25,10 @@ Average checkpoints, one tensor at a time, in fp32 or better.
   keye-merge merge=weighted models=[a,b] weights=[0.7,0.3] out=runs/merged dtype=bfloat16
   keye-merge merge=ema models=[export-100,export-200,export-300] out=runs/merged       along one run, oldest first
   keye-merge models=[a,b] out=runs/merged '+modules={mlp_AR.*:[1.0,0.0]}'             the projector of a
+
+Before and around it (each has its own --help):
+
+  keye-merge diagnose models=[a,b] base=parent out=runs/diagnosis        are these siblings in one basin?
 """
 EVAL_HELP = """\
 Answer held-out samples and score them per task.
@@ -50,7 +56,13 @@ def pipeline_main(argv: Sequence[str] | None = None) -> None:
 
 
 def merge_main(argv: Sequence[str] | None = None) -> None:
-    """``keye-merge``: average checkpoints."""
+    """``keye-merge``: average checkpoints; its first word may be another command about averages."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in soups.COMMANDS:
+        command = soups.COMMANDS[words[0]]
+        name = f"keye-merge {words[0]}"
+        recipe_command(name, command.text, command.schema, words[0], command.groups, command.work, words[1:])
+        return
 
     def work(settings: MergeSettings) -> int:
         from keye_train.merging import merge
@@ -58,7 +70,7 @@ def merge_main(argv: Sequence[str] | None = None) -> None:
         print(f"merged model: {merge(settings)}")
         return 0
 
-    recipe_command("keye-merge", MERGE_HELP, MergeSettings, "merge", ("merge",), work, argv)
+    recipe_command("keye-merge", MERGE_HELP, MergeSettings, "merge", ("merge",), work, words)
 
 
 def eval_main(argv: Sequence[str] | None = None) -> None:

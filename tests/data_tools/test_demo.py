@@ -148,7 +148,7 @@ class TestHeldout:
         assert sum(plan.samples for plan in plans if plan.split == "train") >= 25_000
         heldout = {plan.source: plan.samples for plan in plans if plan.split == "heldout"}
         assert heldout.pop("pairs") >= 200
-        assert heldout == {task: 120 for task in TRAIN_SAMPLES if not task.startswith("pairs_")}
+        assert heldout == {task: 240 for task in TRAIN_SAMPLES if not task.startswith("pairs_")}
 
 
 class TestAnswers:

@@ -1,0 +1,55 @@
+"""The page about an average: diagnosis of the models, the line between two of them, the search for weights.
+
+``keye-merge diagnose``, ``curve`` and ``search`` each write it with their own part; a pipeline's has all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from keye_train import runs
+from keye_train.report.diagnosis import diagnosis_section
+
+logger = logging.getLogger(__name__)
+
+PAGE = "merge.html"
+
+
+def write_merge_page(
+    out: Path,
+    title: str,
+    diagnosis: Mapping[str, Any] | None = None,
+    back: str | None = None,
+) -> Path:
+    """Write the page; parts that are None are left out.
+
+    Args:
+        out: the HTML file; it appears whole or not at all.
+        title: its heading.
+        diagnosis: content of diagnosis.json.
+        back: address of the page that links here.
+
+    Returns:
+        ``out``.
+    """
+    environment = Environment(
+        loader=PackageLoader("keye_train.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    style = environment.loader.get_source(environment, "style.css")[0]  # type: ignore[union-attr]
+    page = environment.get_template("merge.html").render(
+        style=Markup(style),
+        title=title,
+        back=back,
+        diagnosis=diagnosis_section(diagnosis) if diagnosis else None,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    runs.write_text_atomic(out, page)
+    logger.info("merge page: %s", out)
+    return out
