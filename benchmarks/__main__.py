@@ -1,9 +1,10 @@
 """``python -m benchmarks``: every benchmark, one after another."""
 
-from benchmarks import draw, loader, loss_memory, model_step, padded_trainer, plan
+from benchmarks import checkpoint, draw, loader, loss_memory, model_step, padded_trainer, plan
 
 if __name__ == "__main__":
     plan.main()
+    checkpoint.main([])
     draw.main()
     loader.main([])
     loss_memory.main()

@@ -8,7 +8,8 @@
       metrics.jsonl          one line a step
       ledger.jsonl           one line for every sample that was planned and not trained on
       trained.jsonl          one line a step: how many samples it trained on, and their digest
-      checkpoints/step-N/    state of the training, whole or absent
+      checkpoints/step-N/    state of the training, whole or absent (keye_train.checkpoints)
+      .lock                  held by every rank of the launch that trains here
       export/                the model in the official layout, with a manifest of its own
       export_ema/            the same of the moving average of the weights, where the recipe keeps one
 """

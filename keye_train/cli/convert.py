@@ -18,6 +18,7 @@ Weights in and out, a tensor at a time: no more than one file of the result is i
   keye-convert start --siglip siglip-so400m-patch14-384 --qwen3 Qwen3-8B --tokenizer Keye-VL-8B-Preview --out runs/start
   keye-convert import Keye-VL-8B-Preview runs/published     the published checkpoint, for stages, merges, evaluation
   keye-convert export runs/demo/merge keye-vl               the published layout, with tokenizer and processor files
+  keye-convert export runs/demo/stage2/checkpoints/step-200 runs/at-200    what the run would export at that step
   keye-convert tower runs/demo/stage0 siglip                the vision tower (of Stage 0: both) as SigLIP
   keye-convert inspect runs/demo/merge/export               what a folder holds: modules, parameters, data types
 
@@ -64,16 +65,19 @@ def convert_parser() -> argparse.ArgumentParser:
     come_in.add_argument("source", **source)
     come_in.add_argument("out", type=Path)
 
-    out = commands.add_parser("export", parents=[common], help="an export, or a run's, into the published layout")
+    out = commands.add_parser(
+        "export", parents=[common], help="an export, or a run's, into the published layout; a checkpoint into an export"
+    )
     out.add_argument("source", **source)
     out.add_argument("out", type=Path)
     out.add_argument("--tokenizer", help="tokenizer and processor files (default: those of the export)", **source)
     out.add_argument(
         "--code",
         metavar="REPOSITORY",
-        default="Kwai-Keye/Keye-VL-8B-Preview",
-        help="where auto_map sends readers without a Keye of their own; none: no auto_map (default: %(default)s)",
+        help="where auto_map sends readers without a Keye of their own; none: no auto_map (default: "
+        "Kwai-Keye/Keye-VL-8B-Preview)",
     )
+    out.add_argument("--average", action="store_true", help="of a checkpoint, the moving average of the weights")
 
     tower = commands.add_parser("tower", parents=[common], help="the vision tower of an export as SigLIP")
     tower.add_argument("source", **source)
@@ -96,6 +100,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         return 0
     import torch
 
+    from keye_train.checkpoints.layout import COMPLETE
     from keye_train.model import convert
 
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
@@ -113,8 +118,18 @@ def _convert(arguments: argparse.Namespace) -> int:
         )
     elif arguments.command == "import":
         result = convert.convert_import(arguments.source, arguments.out, options)
+    elif arguments.command == "export" and (arguments.source / COMPLETE).exists():
+        if arguments.tokenizer is not None or arguments.code is not None:
+            raise ValueError(
+                f"{arguments.source} is a checkpoint, exported as its run would: --tokenizer and --code go with "
+                "a second call, on that export"
+            )
+        result = convert.convert_checkpoint(arguments.source, arguments.out, average=arguments.average, options=options)
     elif arguments.command == "export":
-        repository = None if arguments.code == "none" else arguments.code
+        if arguments.average:
+            raise ValueError(f"--average is for a checkpoint; of a run, name {runs.EXPORT_EMA} in {arguments.source}")
+        code = convert.PUBLISHED_REPOSITORY if arguments.code is None else arguments.code
+        repository = None if code == "none" else code
         result = convert.convert_export(
             arguments.source, arguments.out, tokenizer=arguments.tokenizer, repository=repository, options=options
         )

@@ -4,6 +4,7 @@
 start      SigLIP and Qwen3                            Keye, the projector drawn
 import     the published Keye-VL, or any in its layout  an export as the trainer writes it
 export     an export, or the run folder around it      the published layout
+export     a checkpoint of a run                       the export that the run would write there
 tower      an export of any stage                      SigLIP
 =========  ==========================================  =======================================
 
@@ -46,6 +47,7 @@ from keye_train.model.start import (
     siglip_towers,
     without_tied_head,
 )
+from keye_train.model.trained import TrainedModel
 from keye_train.model.weight_files import MAX_SHARD_BYTES, ExtraFiles, NamedTensors, read_state, write_folder
 from keye_train.settings import ResolutionSettings
 
@@ -181,6 +183,26 @@ def convert_export(
         }
         files = {**files, PREPROCESSOR: fields}
     _write(state, config, result, options, "export", {"source": str(source)}, files)
+    return result
+
+
+def convert_checkpoint(source: Path, out: Path, *, average: bool = False, options: Options = Options()) -> Conversion:
+    """The export that a run would have written where one of its checkpoints stands, byte for byte.
+
+    Args:
+        source: ``RUN/checkpoints/step-N``.
+        out: folder to write: the export's files, with a manifest.json that names the checkpoint.
+        average: the moving average of the weights.
+        options: data type, shards.
+
+    Raises:
+        FileNotFoundError, ValueError: what is absent, torn or does not fit.
+    """
+    model = TrainedModel(source, average)
+    result = Conversion(out)
+    state = _checked(model.tensors(), model.shapes, str(source), options.dtype, result)
+    _check_target(out, options)
+    save_export(state, model.config, out, options.max_shard_bytes, model.files())
     return result
 
 

@@ -63,6 +63,33 @@ def read_state(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
             yield name, shard.get_tensor(name)
 
 
+class WeightReader:
+    """Reads the tensors of a folder of safetensors by name, one at a time, memory-mapped.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``read_state``.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self._places = {name: info.file for name, info in list_tensors(folder).items()}
+        self._files: dict[str, Any] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._places)
+
+    def __call__(self, name: str) -> Tensor:
+        """The whole tensor, as stored, on the CPU."""
+        file = self._places[name]
+        if file not in self._files:
+            self._files[file] = safe_open(self._folder / file, framework="pt")
+        return self._files[file].get_tensor(name)
+
+
 def _open_shards(folder: Path) -> Iterator[tuple[str, list[str], Any]]:
     """Each file of a checkpoint: its name, the tensors that it is read for, and the open file."""
     index = folder / WEIGHTS_INDEX

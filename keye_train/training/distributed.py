@@ -38,6 +38,8 @@ class World:
     device: torch.device
     host_group: dist.ProcessGroup
     """Gloo group over all ranks: agreements on numbers that live on the CPU never wait for the device."""
+    timeout: timedelta
+    """Deadline of every collective."""
 
     @property
     def is_main(self) -> bool:
@@ -61,6 +63,12 @@ class World:
         tensor = torch.tensor([value], dtype=torch.int64)
         dist.broadcast(tensor, src=0, group=self.host_group)
         return int(tensor)
+
+    def another_group(self) -> dist.ProcessGroup:
+        """A gloo group over all ranks for one other thread: a group must see the same order of collectives on every
+        rank. Collective: every rank must reach this.
+        """
+        return dist.new_group(backend="gloo", timeout=self.timeout)
 
     def barrier(self) -> None:
         """Wait for all ranks. Collective: every rank must reach this."""
@@ -96,8 +104,9 @@ def start(timeout_minutes: float) -> World:
     deepspeed.init_distributed(dist_backend=_backend(), auto_mpi_discovery=False, verbose=False)
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    host_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
-    world = World(dist.get_rank(), dist.get_world_size(), local_rank, device, host_group)
+    timeout = timedelta(minutes=timeout_minutes)
+    host_group = dist.new_group(backend="gloo", timeout=timeout)
+    world = World(dist.get_rank(), dist.get_world_size(), local_rank, device, host_group, timeout)
     _limit_threads(world)
     return world
 

@@ -5,14 +5,14 @@ Nothing else in the package knows which ZeRO stage is running. Three things diff
 - The caller says which micro-batch is the last (``set_gradient_accumulation_boundary``) and gives each loss its final
   weight, because a mean of means is wrong when micro-batches hold different numbers of labelled tokens.
 - At stage 0 DeepSpeed neither reports a gradient norm nor refuses a non-finite one; it is done here.
-- Parameters and optimizer states are read and restored by name, through DeepSpeed's tensor-fragment interface, so that
-  a checkpoint does not depend on world size or ZeRO stage.
+- What a rank holds of parameters and optimizer states is named: slices of the flattened parameter. So a checkpoint does
+  not depend on world size or ZeRO stage, and writing or reading one needs no communication.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,19 +21,13 @@ import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
+from keye_train.checkpoints import AVERAGE, MOMENTS, WEIGHTS, CheckpointReader
 from keye_train.settings import Precision, StageSettings, TrainSettings
 from keye_train.training.distributed import World
 from keye_train.training.optimizer import build_optimizer, set_learning_rates
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state besides its step count
-AVERAGE = "average"  # moving average of the weights, kept as one more state of AdamW: sharded, saved and restored alike
 
 
 @dataclass(frozen=True)
@@ -42,6 +36,27 @@ class Outcome:
 
     applied: bool
     grad_norm: float  # global norm before clipping; inf or nan where the update was refused
+
+
+@dataclass(frozen=True)
+class HeldSlice:
+    """What this rank holds of a trained parameter: the engine's own memory, not a copy."""
+
+    name: str
+    start: int  # in the flattened parameter
+    values: Mapping[str, Tensor]  # weights, exp_avg, ... -> fp32 [elements], on the device or, offloaded, on the host
+
+    @property
+    def elements(self) -> int:
+        """Its length."""
+        return self.values[WEIGHTS].numel()
+
+    def narrow(self, start: int, stop: int) -> HeldSlice:
+        """The part of it from ``start`` to ``stop`` of the flattened parameter."""
+        begin = start - self.start
+        return HeldSlice(
+            self.name, start, {state: flat[begin : stop - self.start] for state, flat in self.values.items()}
+        )
 
 
 def deepspeed_config(settings: TrainSettings) -> dict[str, Any]:
@@ -102,7 +117,7 @@ class Engine:
         self._clip_norm = settings.stage.optimizer.clip_norm
         self._ema_decay = settings.stage.optimizer.ema_decay
         self.moments = (*MOMENTS, AVERAGE) if self._ema_decay else MOMENTS
-        """States that a checkpoint holds of each trained parameter."""
+        """What AdamW keeps of each trained parameter; the average is one more state of it."""
         self._group_modules = [group["module"] for group in groups]
         self._module_of = {id(p): group["module"] for group in groups for p in group["params"]}
         grouped = {id(parameter) for group in groups for parameter in group["params"]}
@@ -213,7 +228,7 @@ class Engine:
         """Set the learning rates of ``step``; return them by module."""
         return set_learning_rates(self._optimizer, step, stage)
 
-    # Reading and restoring by name. Every method below is collective: all ranks call it in the same order.
+    # Whole parameters by name. The next three are collective: all ranks call them in the same order.
 
     def full_parameter(self, name: str) -> Tensor:
         """The whole parameter, fp32 master where it trains, on every rank. Valid until the next call."""
@@ -232,62 +247,95 @@ class Engine:
 
     def full_average(self, name: str) -> Tensor:
         """The moving average of a parameter, fp32, on every rank; of a frozen one the parameter itself."""
-        parameter = self.trainable.get(name)
-        return self.full_parameter(name) if parameter is None else self._full_moment(name, parameter, AVERAGE)
+        return self.full_moment(name, AVERAGE) if name in self.trainable else self.full_parameter(name)
 
-    def training_state(self) -> Iterator[tuple[str, Tensor]]:
-        """Stream what a checkpoint holds: ``<parameter>`` and ``<parameter>#<moment>`` of all trainable parameters."""
-        for name, parameter in self.trainable.items():
-            yield name, self.full_parameter(name)
-            for moment in self.moments:
-                yield f"{name}#{moment}", self._full_moment(name, parameter, moment)
-
-    def restore(self, read: Callable[[str], Tensor], updates: int) -> None:
-        """Put back what :meth:`training_state` streamed; the ZeRO stage and world size may differ from then.
-
-        The 16-bit copies of the weights are not touched: build the module with the checkpoint's weights first, so that
-        DeepSpeed rounds them itself.
-
-        Args:
-            read: whole tensor of a name.
-            updates: value of :attr:`updates` at that time.
-        """
-        self.updates = updates
-        for flat in self._optimized_tensors():
-            self._adam.state[flat]["step"].fill_(float(updates))
-        for name, parameter in self.trainable.items():
-            self._set_full(parameter, read(name), None)
-            for moment in self.moments:
-                self._set_full(parameter, read(f"{name}#{moment}"), moment)
-
-    def _set_full(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
-        """Write a whole fp32 master parameter (``moment`` None) or moment; each rank keeps its part."""
-        if self._zero_stage == 3:
-            # The "full" setters of DeepSpeed 0.19 fail where a parameter does not divide evenly over the ranks: its
-            # partitions are padded. The "local" ones take this rank's padded partition.
-            part_size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-            flat = nn.functional.pad(value.flatten(), (0, part_size * self.world.size - value.numel()))
-            part = flat.narrow(0, part_size * self.world.rank, part_size).to(self.world.device)
-            if moment is None:
-                safe_set_local_fp32_param(parameter, part)
-            else:
-                safe_set_local_optimizer_state(parameter, part, moment)
-        elif self._zero_stage in (1, 2):
-            if moment is None:
-                safe_set_full_fp32_param(parameter, value.to(self.world.device))
-            else:
-                safe_set_full_optimizer_state(parameter, value.to(self.world.device), moment)
-        elif moment is None:
-            parameter.detach().copy_(value)
-        else:
-            self._adam.state[parameter][moment].copy_(value)
-
-    def _full_moment(self, name: str, parameter: nn.Parameter, moment: str) -> Tensor:
+    def full_moment(self, name: str, moment: str) -> Tensor:
+        """A state of AdamW of a trained parameter, in its shape, fp32, on every rank. Valid until the next call."""
+        parameter = self.trainable[name]
         if self._zero_stage == 0:
             return self._adam.state[parameter][moment]
         value = safe_get_full_optimizer_state(parameter, moment)
         assert value is not None, f"{name} is trainable but DeepSpeed holds no {moment} for it"
         return value.view(self.shapes[name])
+
+    # What this rank holds. Nothing below communicates.
+
+    def held_slices(self) -> list[HeldSlice]:
+        """All that this rank holds: its partition, or without sharding every parameter whole."""
+        if self._zero_stage == 0:
+            return [
+                HeldSlice(
+                    name, 0, {WEIGHTS: parameter.detach().view(-1)} | self._moments_of(parameter, 0, parameter.numel())
+                )
+                for name, parameter in self.trainable.items()
+            ]
+        held = self._held_in_partitions if self._zero_stage == 3 else self._held_in_fragments
+        return [one for name, parameter in self.trainable.items() if (one := held(name, parameter)) is not None]
+
+    def owned_slices(self) -> list[HeldSlice]:
+        """This rank's share of a checkpoint: all ranks' shares together are every trained parameter, once.
+
+        Without sharding, where every rank holds everything, each takes an equal run of the elements.
+        """
+        held = self.held_slices()
+        if self._zero_stage != 0:
+            return held
+        total = sum(one.elements for one in held)
+        first, last = (total * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1))
+        owned, before = [], 0
+        for one in held:
+            start, stop = max(first - before, 0), min(last - before, one.elements)
+            if start < stop:
+                owned.append(one.narrow(start, stop))
+            before += one.elements
+        return owned
+
+    @torch.no_grad()
+    def restore(self, reader: CheckpointReader, updates: int) -> None:
+        """Put back masters and states; world size and ZeRO stage may differ from those that wrote them.
+
+        Each rank reads what it holds. The 16-bit copies of the weights are not touched: build the module with the
+        checkpoint's weights first, so that DeepSpeed rounds them itself.
+
+        Args:
+            reader: of a checkpoint that fits (:meth:`CheckpointReader.check_fits`).
+            updates: value of :attr:`updates` at that time.
+
+        Raises:
+            ValueError: the checkpoint lacks a state that the recipe asks for.
+        """
+        lacking = [state for state in self.moments if state not in reader.states]
+        if lacking:
+            raise ValueError(f"{reader.folder} holds no {lacking[0]}: it was written with another stage.optimizer")
+        self.updates = updates
+        for flat in self._optimized_tensors():
+            self._adam.state[flat]["step"].fill_(float(updates))
+        for held in self.held_slices():
+            for state, values in held.values.items():
+                values.copy_(reader.read(held.name, state, held.start, held.start + held.elements))
+
+    def _held_in_fragments(self, name: str, parameter: nn.Parameter) -> HeldSlice | None:
+        """ZeRO 1 and 2: the flat partition of a rank holds a run of whole parameters, the outermost ones cut."""
+        fragment = parameter._hp_mapping  # type: ignore[attr-defined]
+        if fragment is None:  # it lies in the partitions of other ranks
+            return None
+        moments = {moment: fragment.get_hp_fragment(moment) for moment in self.moments}
+        return HeldSlice(name, fragment.lp_fragment_address.start, {WEIGHTS: fragment.get_hp_fragment()} | moments)
+
+    def _held_in_partitions(self, name: str, parameter: nn.Parameter) -> HeldSlice | None:
+        """ZeRO 3: every parameter is divided over all ranks; the last parts are padded."""
+        number, offset, padded = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+        start = padded * self.world.rank
+        elements = min(padded, math.prod(self.shapes[name]) - start)
+        if elements <= 0:
+            return None
+        flat = self._optimizer.fp32_partitioned_groups_flat[number]
+        weights = {WEIGHTS: flat.detach()[offset : offset + elements]}
+        return HeldSlice(name, start, weights | self._moments_of(flat, offset, offset + elements))
+
+    def _moments_of(self, optimized: Tensor, begin: int, end: int) -> dict[str, Tensor]:
+        states = self._adam.state[optimized]
+        return {moment: states[moment].view(-1)[begin:end] for moment in self.moments}
 
     def _create_moments(self) -> None:
         """Make AdamW's states now, with the values torch would give them at the first step.

@@ -15,8 +15,9 @@ from keye_train.model.configuration import KeyeConfig
 from keye_train.model.pretrained import save_export
 from keye_train.model.processor_files import trained_files
 from keye_train.model.start import initial_model
-from keye_train.settings import Precision, TrainSettings
-from keye_train.training.checkpoint import TensorReader
+from keye_train.model.trained import export_dtype
+from keye_train.model.weight_files import WeightReader
+from keye_train.settings import TrainSettings
 from keye_train.training.distributed import World
 from keye_train.training.engine import Engine
 
@@ -45,8 +46,8 @@ def write_export(
         RuntimeError: a frozen parameter changed.
     """
     folder = run_dir / (runs.EXPORT_EMA if average else runs.EXPORT)
-    parent = None if settings.parent is None else TensorReader(runs.export_dir(settings.parent))
-    dtype = _dtype(settings, parent)
+    parent = None if settings.parent is None else WeightReader(runs.export_dir(settings.parent))
+    dtype = export_dtype(settings, parent)
     tensors = _tensors(engine, parent, dtype, average)
     files = trained_files(Path(settings.model.tokenizer), settings.data.resolution)
     if world.is_main:
@@ -81,11 +82,11 @@ def write_start(settings: TrainSettings, folder: Path) -> Path:
 
 
 def _tensors(
-    engine: Engine, parent: TensorReader | None, dtype: torch.dtype, average: bool
+    engine: Engine, parent: WeightReader | None, dtype: torch.dtype, average: bool
 ) -> Iterator[tuple[str, Tensor]]:
     for name in engine.shapes:
         value = engine.full_average(name) if average else engine.full_parameter(name)
-        if name in engine.frozen and parent is not None and name in parent.names():
+        if name in engine.frozen and parent is not None and name in parent:
             start = parent(name)
             if not torch.equal(start.to(value), value):
                 raise RuntimeError(
@@ -93,12 +94,3 @@ def _tensors(
                 )
             value = start
         yield name, value.to(dtype)
-
-
-def _dtype(settings: TrainSettings, parent: TensorReader | None) -> torch.dtype:
-    """bf16, as published, for a run whose weights and parent are bf16; else fp32, which loses nothing."""
-    if settings.deepspeed.precision != Precision.bf16:
-        return torch.float32
-    if parent is None:
-        return torch.bfloat16
-    return torch.bfloat16 if parent(min(parent.names())).dtype == torch.bfloat16 else torch.float32

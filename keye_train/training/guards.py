@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -67,7 +68,8 @@ class NonFiniteGuard:
 class StopRequest:
     """Turns SIGINT, SIGTERM and SIGUSR1 into a wish that the training loop grants at the end of a step.
 
-    SIGUSR1 is what schedulers are told to send ahead of a preemption (Slurm's ``--signal=USR1@300``).
+    SIGUSR1 is what schedulers are told to send ahead of a preemption (Slurm's ``--signal=USR1@300``). The end of the
+    launcher of this rank counts as SIGTERM: nobody would restart or stop it any more.
 
     A second SIGINT, at least ``PATIENCE_S`` later, is passed on as KeyboardInterrupt, for those who cannot wait. Sooner
     it is an echo: on Ctrl-C each rank gets the terminal's signal and then the launcher's.
@@ -77,6 +79,7 @@ class StopRequest:
         self.signal_number = 0
         self._received_at = 0.0
         self._previous: dict[int, object] = {}
+        self._launcher = os.getppid() if "RANK" in os.environ else None
 
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
@@ -89,6 +92,9 @@ class StopRequest:
 
     def as_flags(self) -> tuple[int, ...]:
         """Which of ``STOP_SIGNALS`` came: numbers that can be summed over the ranks."""
+        if not self.signal_number and self._launcher is not None and os.getppid() != self._launcher:
+            logger.warning("the launcher of this rank is gone: saving a checkpoint and leaving")
+            self.signal_number = signal.SIGTERM
         return tuple(int(self.signal_number == number) for number in STOP_SIGNALS)
 
     @staticmethod

@@ -67,18 +67,39 @@ def check_same_recipe(run_dir: Path, settings: TrainSettings) -> None:
     path = run_dir / runs.RECIPE
     if not path.exists():
         return
-    stored = compose.to_settings(TrainSettings, OmegaConf.to_container(OmegaConf.load(path)))
+    changed = _changes(OmegaConf.to_container(OmegaConf.load(path)), settings)
+    if changed:
+        raise SettingsError(
+            f"run_dir={run_dir} belongs to another recipe ({changed}). Choose another run_dir, or restore these keys"
+        )
+
+
+def foreign(settings: TrainSettings, manifest: Mapping[str, Any]) -> str | None:
+    """Why a checkpoint that this manifest describes does not belong to a run of ``settings``; None where it does.
+
+    It does with the same recipe, but for what a resumed run may change, and the same parent.
+    """
+    try:
+        changed = _changes(manifest["recipe"], settings)
+    except SettingsError as error:
+        return f"its recipe does not compose: {error}"
+    if changed:
+        return changed
+    parent = describe_parent(settings)
+    if manifest["parent"] != parent:
+        return f"its parent is {manifest['parent']}, not {parent}"
+    return None
+
+
+def _changes(recipe: Any, settings: TrainSettings) -> str:
+    """The keys in which a stored recipe differs from ``settings``, and both values; empty where none matters."""
+    stored = compose.to_settings(TrainSettings, recipe)
     before, now = _flatten(recipe_values(stored)), _flatten(recipe_values(settings))
     changed = [
         key for key in sorted(before | now) if before.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
     ]
-    if changed:
-        listed = "; ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in changed[:8])
-        more = f"; and {len(changed) - 8} more" if len(changed) > 8 else ""
-        raise SettingsError(
-            f"run_dir={run_dir} belongs to another recipe ({listed}{more}). "
-            "Choose another run_dir, or restore these keys"
-        )
+    listed = "; ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in changed[:8])
+    return listed + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
 
 
 def is_finished(settings: TrainSettings) -> bool:

@@ -10,6 +10,7 @@ import logging
 import math
 import random
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,15 @@ from keye_train.training.guards import NonFiniteGuard, StopRequest, exit_code
 from keye_train.training.meter import LossMeter
 from keye_train.training.monitor import Monitor
 from keye_train.training.objectives import item_weights
+from keye_train.training.occupancy import RunLock
 from keye_train.training.optimizer import parameter_groups
+from keye_train.training.saver import Saver
 
 logger = logging.getLogger(__name__)
 
+
+SAVE_PATIENCE_S = 60.0
+"""How long a failing rank waits for its save under way."""
 
 WEIGHTED_LOSS, GRAD_SQUARE = "weighted_loss", "grad_square/"
 
@@ -64,7 +70,11 @@ def train(settings: TrainSettings) -> int:
     manifest.check_same_recipe(run_dir, settings)
     with StopRequest() as stop_request:
         world = distributed.start(settings.deepspeed.timeout_minutes)
-        return Trainer(settings, world, stop_request).run()
+        lock = RunLock(run_dir, world)
+        try:
+            return Trainer(settings, world, stop_request).run()
+        finally:
+            lock.release()
 
 
 class Trainer:
@@ -80,11 +90,12 @@ class Trainer:
         self.processor = SampleEncoder.from_settings(
             settings.model, settings.data.resolution, settings.data.video_backend, settings.data.scaled_jpeg
         )
-        found = checkpoint.newest_whole(self.run_dir, world)
+        found = checkpoint.newest_whole(self.run_dir, world, partial(manifest.foreign, settings))
         self.state = found.state if found else TrainState(0, 0, self.plan.start().to_json())
         self.objective = build.build_objective(settings)
         self.manifest = self._begin_manifest(build.count_parameters(self.objective.model))
         self.engine = self._build_engine(found)
+        self.saver = Saver(self.run_dir, self.engine, world, settings.checkpoint, self.manifest)
         self.skip_limit = SkipLimit(settings.data)
         self.skip_limit.check_marks(self.plan)
         self.guard = NonFiniteGuard(settings.guards.non_finite, self.state.refused_in_a_row, self.state.refused_total)
@@ -110,6 +121,7 @@ class Trainer:
         try:
             stopped_by = self._train(loader, ledger, monitor)
         finally:
+            self.saver.close(SAVE_PATIENCE_S)
             loader.close()
             ledger.close()
             monitor.close()
@@ -137,7 +149,7 @@ class Trainer:
                     self.state.step,
                     self.stage.steps,
                 )
-                checkpoint.save(self.run_dir, self.engine, self.state, self.world, self.settings.checkpoint.keep)
+                self._save_last()
                 return 0
             data_wait_s = time.monotonic() - began
             ledger.record(data)
@@ -158,8 +170,10 @@ class Trainer:
                 monitor.write(row)
             monitor.advance(self.state.step, row)
             last = self.state.step == self.stage.steps
-            if counts.stop or last or self.state.step % self.settings.checkpoint.every_steps == 0:
-                checkpoint.save(self.run_dir, self.engine, self.state, self.world, self.settings.checkpoint.keep)
+            if counts.stop or last:
+                self._save_last()
+            elif self.state.step % self.settings.checkpoint.every_steps == 0:
+                self.saver.save(self.state)
             if counts.stop and not last:
                 return counts.stop
         return 0
@@ -186,6 +200,14 @@ class Trainer:
         outcome = self.engine.apply()
         self.guard.observe(outcome.applied, data.step + 1, _samples(data))
         return rates, outcome
+
+    def _save_last(self) -> None:
+        """Save, and wait until it is whole. Collective: every rank must reach this."""
+        self.saver.save(self.state)
+        self.saver.wait()
+        if self.saver.saved_step != self.state.step:  # the disk was full a moment ago: the state is worth another try
+            self.saver.save(self.state)
+            self.saver.wait()
 
     def _row(
         self,
@@ -236,11 +258,11 @@ class Trainer:
         groups = parameter_groups(module_parameters(model), self.stage)
         reader = None
         if found is not None:
-            reader = found.tensors()
+            reader = found.reader()
             named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
             reader.check_fits({name: tuple(parameter.shape) for name, parameter in named.items()})
             # Before the engine is built, so that its 16-bit copies are roundings of these, as they were in that run.
-            load_state(model, ((name, reader(name)) for name in named))
+            load_state(model, ((name, reader.tensor(name)) for name in named))
         engine = Engine(self.objective, model, groups, self.settings, self.world)
         if found is not None and reader is not None:
             engine.restore(reader, found.state.updates)

@@ -11,7 +11,7 @@ import ranks
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from toy import CASES, Toy
+from toy import CASES, CROSSINGS, Toy
 
 TOY = str(Path(__file__).with_name("toy.py"))
 
@@ -20,12 +20,8 @@ TOY = str(Path(__file__).with_name("toy.py"))
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """World size -> folder with what the toy script wrote."""
     folders = {world_size: tmp_path_factory.mktemp(f"world{world_size}") for world_size in (1, 2)}
-    started = [
-        ranks.start([sys.executable, TOY, str(folders[1])]),  # no launcher: a group of one
-        ranks.start([*ranks.torchrun(2), TOY, str(folders[2])]),
-    ]
-    for process in started:
-        ranks.finish(process, timeout_s=240)
+    ranks.run([sys.executable, TOY, str(folders[1])], timeout_s=240)  # no launcher: a group of one
+    ranks.run([*ranks.torchrun(2), TOY, str(folders[2]), str(folders[1])], timeout_s=240)
     return folders
 
 
@@ -84,6 +80,18 @@ def test_the_average_follows_the_weights(trained: dict[int, Path]) -> None:
 def test_resumed_equals_uninterrupted_bit_for_bit(trained: dict[int, Path], world_size: int, case: str) -> None:
     end, resumed = (tensors(trained[world_size], case, kind) for kind in ("end", "resumed"))
     assert [name for name in end if not torch.equal(end[name], resumed[name])] == []
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_checkpoint_is_the_state_at_its_step(trained: dict[int, Path], world_size: int, case: str) -> None:
+    """Though the training went on while it was written; no slice is lost, doubled or shifted."""
+    assert figures(trained[world_size], case)["stored_otherwise"] == []
+
+
+@pytest.mark.parametrize("case", CROSSINGS)
+def test_another_world_size_and_stage_take_over_the_exact_state(trained: dict[int, Path], case: str) -> None:
+    assert figures(trained[2], case)["crossed"] == []
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,4 +1,4 @@
-"""A toy model and recipe, and ``python toy.py OUT``: what the engine tests run on one and on two ranks.
+"""A toy model and recipe, and ``python toy.py OUT [CHECKPOINTS]``: what the engine tests run on one and on two ranks.
 
 The script trains the toy through every ZeRO stage and writes, from rank 0, tensors and figures that the tests compare.
 """
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from keye_train.settings import (
+    CheckpointSettings,
     DataSettings,
     DeepSpeedSettings,
     LoggingSettings,
@@ -37,6 +38,17 @@ CASES = {
     "zero3-bf16": (3, "bf16", False),
     "zero2-offload-bf16": (2, "bf16", True),
     "zero3-offload": (3, "fp32", True),
+}
+
+# Case -> case whose checkpoint, written at another world size, it also starts from.
+CROSSINGS = {
+    "zero0": "zero2",
+    "zero1": "zero0",
+    "zero2": "zero3",
+    "zero3": "zero1",
+    "zero3-bf16": "zero2-bf16",
+    "zero3-offload": "zero2",
+    "zero2-offload-bf16": "zero3-bf16",
 }
 
 
@@ -110,27 +122,29 @@ def packs_of(step: int) -> list[Tensor]:
     return [torch.randn(rows, 7, generator=generator) for rows in (3, 9, 1, 6)]
 
 
-def main(out: Path) -> None:
-    """Train every case; see the module."""
+def main(out: Path, elsewhere: Path | None = None) -> None:
+    """Train every case; see the module. ``elsewhere`` holds the checkpoints of another world size."""
+    from keye_train.checkpoints import CheckpointReader
     from keye_train.training import checkpoint, distributed
     from keye_train.training.checkpoint import TrainState
     from keye_train.training.engine import Engine, Outcome
     from keye_train.training.optimizer import parameter_groups
+    from keye_train.training.saver import Saver
 
     world = distributed.start(timeout_minutes=1)
 
     def engine(recipe: TrainSettings, resume: checkpoint.Checkpoint | None = None) -> Engine:
         model = Toy()
         if resume is not None:
-            read = resume.tensors()
+            read = resume.reader()
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     if parameter.requires_grad:
-                        parameter.copy_(read(name))
+                        parameter.copy_(read.tensor(name))
         groups = parameter_groups(model.modules_of_recipe(), recipe.stage)
         built = Engine(model, model, groups, recipe, world)
         if resume is not None:
-            built.restore(resume.tensors(), resume.state.updates)
+            built.restore(resume.reader(), resume.state.updates)
         return built
 
     def step(built: Engine, number: int, recipe: TrainSettings, poison: bool = False) -> Outcome:
@@ -149,7 +163,18 @@ def main(out: Path) -> None:
         return built.apply()
 
     def snapshot(built: Engine) -> dict[str, Tensor]:
-        return {name: tensor.detach().float().clone() for name, tensor in built.training_state()}
+        held = {}
+        for name in built.trainable:
+            held[name] = built.full_parameter(name).detach().float().clone()
+            held |= {f"{name}#{moment}": built.full_moment(name, moment).float().clone() for moment in built.moments}
+        return held
+
+    def differing(state: dict[str, Tensor], reader: CheckpointReader) -> list[str]:
+        """Where the checkpoint is not the state, to the last bit."""
+        stored = {name: reader.tensor(name) for name in reader.names()}
+        moments = reader.states[1:]
+        stored |= {f"{name}#{moment}": reader.tensor(name, moment) for name in reader.names() for moment in moments}
+        return [name for name in stored | state if not torch.equal(stored[name], state[name].cpu())]
 
     module_norms: list[list[float]] = []
     figures: dict[str, dict] = {}
@@ -158,8 +183,11 @@ def main(out: Path) -> None:
         module_norms.clear()
         built = engine(recipe)
         norms = [step(built, number, recipe).grad_norm for number in range(STOP)]
-        checkpoint.save(out / case, built, TrainState(STOP, built.updates, {}), world, keep=2)
+        stopped = snapshot(built)
+        saver = Saver(out / case, built, world, CheckpointSettings(background=case != "zero1"), {})
+        saver.save(TrainState(STOP, built.updates, {}))  # written while the next steps run
         norms += [step(built, number, recipe).grad_norm for number in range(STOP, STEPS)]
+        saver.wait()
         end = snapshot(built)
         frozen = {name: built.full_parameter(name).detach().float().clone() for name in built.frozen}
         refused = step(built, STEPS, recipe, poison=True)
@@ -170,6 +198,13 @@ def main(out: Path) -> None:
         found = checkpoint.newest_whole(out / case, world)
         assert found is not None
         again = engine(recipe, found)
+        crossed = None
+        if elsewhere is not None and case in CROSSINGS:  # written by another world size and ZeRO stage
+            other = checkpoint.newest_whole(elsewhere / CROSSINGS[case], world)
+            assert other is not None
+            moved = engine(recipe, other)
+            crossed = differing(snapshot(moved), other.reader())
+            moved.close()
         for number in range(STOP, STEPS):
             step(again, number, recipe)
         resumed = snapshot(again)
@@ -177,6 +212,8 @@ def main(out: Path) -> None:
         figures[case] = {
             "norms": norms,
             "module_norms": module_norms[:STEPS],
+            "stored_otherwise": differing(stopped, found.reader()),
+            "crossed": crossed,
             "refused": [refused.applied, all(torch.equal(end[name], after[name]) for name in end), recovered.applied],
         }
         if world.is_main:
@@ -187,4 +224,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

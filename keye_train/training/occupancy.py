@@ -1,0 +1,65 @@
+"""One launch at a time in a run folder, also after a launcher was killed and left its ranks behind.
+
+Every rank holds a shared lock on ``RUN/.lock`` as long as it lives; the kernel takes it back however the process ends.
+A launch begins by asking for the lock alone: it then waits for the ranks of an earlier one, which end by themselves
+once they notice that their launcher is gone (:meth:`keye_train.training.guards.StopRequest.as_flags`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import time
+from pathlib import Path
+
+from keye_train.settings import SettingsError
+from keye_train.training.distributed import World
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+PATIENCE_S = 120.0
+"""How long a launch waits for an earlier one to end: a step and a checkpoint."""
+
+
+class RunLock:
+    """Holds a run folder for this launch, until the process ends or :meth:`release`.
+
+    POSIX record locks: they work on NFS and Lustre too, and a forked child does not inherit them. Other descriptors of
+    the file must not be closed in this process, which would drop the lock: nothing else opens it.
+
+    Collective: every rank must reach this.
+
+    Raises:
+        SettingsError: another launch holds the folder.
+    """
+
+    def __init__(self, run_dir: Path, world: World, patience_s: float = PATIENCE_S) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._file = (run_dir / LOCK).open("a+b")
+        error: Exception | None = None
+        if world.is_main and not self._wait(fcntl.LOCK_EX, patience_s):
+            error = SettingsError(
+                f"run_dir={run_dir} is in use by another launch: wait for it to end, or choose another run_dir"
+            )
+        world.require_all(error, f"waiting for {run_dir}")
+        self._wait(fcntl.LOCK_SH, patience_s)  # rank 0 steps down from exclusive to shared without a gap
+        world.barrier()
+
+    def release(self) -> None:
+        """Let go, where a process goes on after its run."""
+        self._file.close()
+
+    def _wait(self, kind: int, patience_s: float) -> bool:
+        deadline, said = time.monotonic() + patience_s, False
+        while True:
+            try:
+                fcntl.lockf(self._file, kind | fcntl.LOCK_NB)
+                return True
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() > deadline:
+                    return False
+            if not said:
+                logger.warning("%s: an earlier launch is still running there; waiting for it to end", self._file.name)
+                said = True
+            time.sleep(0.05)

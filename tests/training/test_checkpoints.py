@@ -1,0 +1,231 @@
+"""Promise: a checkpoint is whole, of this run, and enough to export the model; a full disk costs nothing but itself."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from corpus import ToyCorpus
+from safetensors.torch import load_file, save_file
+
+from keye_train import runs
+from keye_train.checkpoints import CheckpointReader, fault, layout
+from keye_train.cli import convert_main
+from keye_train.settings import SettingsError
+from keye_train.training import trainer
+from keye_train.training.checkpoint import TrainState
+from keye_train.training.trainer import train
+
+STAGE = "1_align"
+STEPS = 8
+SHORT = (
+    f"stage.steps={STEPS}",
+    "checkpoint.every_steps=2",
+    "checkpoint.keep=1",
+    "checkpoint.mark_every_steps=4",
+    "stage.optimizer.ema_decay=0.9",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(toy_corpus: ToyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    run_dir = tmp_path_factory.mktemp("checkpoints") / "run"
+    assert train(toy_corpus.settings(STAGE, run_dir, *SHORT)) == 0
+    return run_dir
+
+
+@pytest.fixture
+def unfinished(finished: Path, tmp_path: Path) -> Path:
+    """The same as if it had died behind its last step, with the checkpoints of steps 4 and 8."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    for export in (runs.EXPORT, runs.EXPORT_EMA):
+        shutil.rmtree(run_dir / export)
+    manifest = runs.read_json(run_dir / runs.MANIFEST)
+    runs.write_json_atomic(run_dir / runs.MANIFEST, manifest | {"status": "running"})
+    return run_dir
+
+
+def checkpoints(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / runs.CHECKPOINTS).iterdir())
+
+
+def weight_bytes(run_dir: Path, export: str = runs.EXPORT) -> bytes:
+    return (run_dir / export / "model.safetensors").read_bytes()
+
+
+def test_the_newest_and_the_marked_stay(finished: Path) -> None:
+    assert checkpoints(finished) == ["step-4", "step-8"]
+    assert (finished / runs.CHECKPOINTS / "step-4" / layout.KEEP).exists()
+
+
+def test_it_holds_what_trains_and_nothing_else(finished: Path) -> None:
+    reader = CheckpointReader(finished / runs.CHECKPOINTS / "step-8")
+    assert reader.states == layout.STATES
+    assert reader.names()
+    assert all(name.startswith("mlp_AR.") for name in reader.names())
+    exported = load_file(finished / runs.EXPORT / "model.safetensors")
+    for name in reader.names():
+        whole = reader.tensor(name)
+        assert torch.equal(whole, exported[name].view_as(whole))
+        assert torch.equal(torch.cat(list(reader.pieces(name, max_elements=100))), whole.flatten())
+        assert torch.equal(reader.read(name, "exp_avg", 3, 7), reader.tensor(name, "exp_avg").flatten()[3:7])
+
+
+def test_the_export_of_a_checkpoint_is_that_of_its_run(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    newest = finished / runs.CHECKPOINTS / "step-8"
+    for name, more in ((runs.EXPORT, []), (runs.EXPORT_EMA, ["--average"])):
+        with pytest.raises(SystemExit) as ended:
+            convert_main(["export", str(newest), str(tmp_path / name), *more])
+        assert ended.value.code == 0
+        for file in (finished / name).iterdir():
+            if file.name != runs.MANIFEST:
+                assert (tmp_path / name / file.name).read_bytes() == file.read_bytes(), file.name
+        manifest = runs.read_json(tmp_path / name / runs.MANIFEST)
+        assert manifest["checkpoint"] == str(newest)
+        assert manifest["steps"] == STEPS
+        assert set(manifest) >= {"parent", "recipe", "versions", "data_fingerprint", "commit"}
+    with pytest.raises(SystemExit):
+        convert_main(["export", str(newest), str(tmp_path / "third"), "--code", "none"])
+    assert "go with a second call" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped", "lost", "unsealed", "strange"])
+def test_a_torn_one_is_passed_over(
+    harm: str, unfinished: Path, finished: Path, toy_corpus: ToyCorpus, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = unfinished / runs.CHECKPOINTS / "step-8"
+    shard = newest / "rank-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    if harm == "cut":
+        shard.write_bytes(data[:-4])
+    elif harm == "flipped":
+        data[-1] ^= 1
+        shard.write_bytes(data)
+    elif harm == "lost":
+        (newest / layout.INDEX).unlink()
+    elif harm == "unsealed":
+        (newest / layout.COMPLETE).unlink()
+    else:
+        shutil.copy(shard, newest / "rank-00001.safetensors")
+    assert fault(newest) is not None
+    if harm == "flipped":  # the others are no different from here on
+        assert train(toy_corpus.settings(STAGE, unfinished, *SHORT)) == 0
+        assert "step-8 is torn; it is now step-8.torn, falling back" in caplog.text
+        assert checkpoints(unfinished) == ["step-4", "step-8", "step-8.torn"]
+        assert weight_bytes(unfinished) == weight_bytes(finished)
+
+
+def test_one_of_another_run_is_passed_over(
+    unfinished: Path, finished: Path, toy_corpus: ToyCorpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = tmp_path / "other"
+    assert train(toy_corpus.settings(STAGE, other, *SHORT, "seed=5")) == 0
+    shutil.rmtree(unfinished / runs.CHECKPOINTS / "step-8")
+    shutil.copytree(other / runs.CHECKPOINTS / "step-8", unfinished / runs.CHECKPOINTS / "step-8")
+    assert train(toy_corpus.settings(STAGE, unfinished, *SHORT)) == 0
+    assert "step-8 is of another run (seed: 5 there, 0 now); it is now step-8.foreign" in caplog.text
+    assert weight_bytes(unfinished) == weight_bytes(finished)
+    assert weight_bytes(unfinished, runs.EXPORT_EMA) == weight_bytes(finished, runs.EXPORT_EMA)
+
+
+def test_the_format_before_this_one_is_still_read(unfinished: Path, finished: Path, toy_corpus: ToyCorpus) -> None:
+    """Whole tensors by name, in any number of files, without index and manifest."""
+    newest = unfinished / runs.CHECKPOINTS / "step-4"
+    shutil.rmtree(unfinished / runs.CHECKPOINTS / "step-8")
+    reader = CheckpointReader(newest)
+    whole = {
+        name if state == layout.WEIGHTS else f"{name}#{state}": reader.tensor(name, state)
+        for name in reader.names()
+        for state in reader.states
+    }
+    for path in newest.glob("*"):
+        if path.name != layout.STATE:
+            path.unlink()
+    names = sorted(whole)
+    save_file({name: whole[name] for name in names[::2]}, newest / "rank-00000-000.safetensors")
+    save_file({name: whole[name] for name in names[1::2]}, newest / "rank-00001-000.safetensors")
+    from keye_train.checkpoints.folder import seal
+
+    files = {path.name: seal(path) for path in newest.iterdir()}
+    runs.write_json_atomic(newest / layout.COMPLETE, {"files": files})
+    assert train(toy_corpus.settings(STAGE, unfinished, *SHORT)) == 0
+    assert weight_bytes(unfinished) == weight_bytes(finished)
+    runs.write_json_atomic(newest / layout.COMPLETE, {"files": files, "format": 99})
+    with pytest.raises(ValueError, match="format 99; this version of keye_train reads up to"):
+        fault(newest)
+
+
+class Disk:
+    """A disk that can be made too small: a mounted one where that is allowed, else a limit on the size of files."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self.limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.mounted = self._mount("size=64m")
+
+    def resize(self, size: int | None) -> None:
+        """Room for ``size`` bytes, or for everything."""
+        if self.mounted:
+            assert self._mount(f"remount,size={size or 64 << 20}")
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2 if size else self.limit[0], self.limit[1]))
+
+    def close(self) -> None:
+        if self.mounted:
+            subprocess.run(["umount", str(self.folder)], check=True)
+
+    def _mount(self, options: str) -> bool:
+        command = ["mount", "-t", "tmpfs", "-o", options, "keye_train_test", str(self.folder)]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """Where ``tmp_path / "run"`` has its checkpoints."""
+    made = Disk(tmp_path / "run" / runs.CHECKPOINTS)
+    yield made
+    made.resize(None)
+    made.close()
+
+
+def test_a_full_disk_does_not_stop_the_training(
+    finished: Path,
+    toy_corpus: ToyCorpus,
+    disk: Disk,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """No room for a second checkpoint at step 4; that of step 2 stays, and the one of step 6 is written."""
+    run_dir = disk.folder.parent
+    one = sum(path.stat().st_size for path in (finished / runs.CHECKPOINTS / "step-8").iterdir())
+    real = trainer.Saver.save
+    seen: dict[int, list[str]] = {}
+
+    def save(self: trainer.Saver, state: TrainState) -> None:
+        disk.resize(one * 3 // 2 if state.step == 4 else None)
+        real(self, state)
+        self.wait()
+        seen[state.step] = checkpoints(run_dir)
+
+    monkeypatch.setattr(trainer.Saver, "save", save)
+    assert train(toy_corpus.settings(STAGE, run_dir, *SHORT)) == 0
+    assert seen == {2: ["step-2"], 4: ["step-2"], 6: ["step-6"], 8: ["step-8"]}
+    assert "NO CHECKPOINT OF STEP 4" in caplog.text
+    assert "No space left" in caplog.text or "File too large" in caplog.text
+    assert "a crash now would go back to step-2" in caplog.text
+    assert weight_bytes(run_dir) == weight_bytes(finished)
+
+
+def test_marks_must_be_steps_that_are_saved(toy_corpus: ToyCorpus, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"mark_every_steps=3 is no multiple of checkpoint\.every_steps=2"):
+        toy_corpus.settings(STAGE, tmp_path, *SHORT, "checkpoint.mark_every_steps=3")
