@@ -29,6 +29,8 @@ Average checkpoints, one tensor at a time, in fp32 or better.
 Before and around it (each has its own --help):
 
   keye-merge diagnose models=[a,b] base=parent out=runs/diagnosis        are these siblings in one basin?
+  keye-merge curve data=demo models=[a,b] out=runs/curve                 held-out loss along the line between two
+  keye-merge search data=demo models=[a,b,c] out=runs/soup               greedy soup and weights by held-out loss
 """
 EVAL_HELP = """\
 Answer held-out samples and score them per task.

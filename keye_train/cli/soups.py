@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keye_train.settings import DiagnosisSettings
+from keye_train import runs
+from keye_train.settings import CurveSettings, DiagnosisSettings, SoupSettings
 
 
 @dataclass(frozen=True)
@@ -26,21 +27,78 @@ module and layer. Reads each model once, in bounded memory; writes OUT/diagnosis
 
   keye-merge diagnose models=[runs/a,runs/b,runs/c] base=runs/parent out=runs/diagnosis
 """
+CURVE_HELP = """\
+Held-out loss along the line between two models, and behind its ends; no model is written. Points are kept, so the same
+call with more points computes the new ones only. Writes OUT/curve.json and OUT/merge.html.
+
+  keye-merge curve data=demo models=[runs/a,runs/b] out=runs/curve
+  keye-merge curve data=demo models=[runs/a,runs/b] out=runs/curve points=21 beyond=0.5 metric=score
+"""
+SEARCH_HELP = """\
+Greedy soup and convex weights, searched on one part of the held-out samples and judged on another, where the gain over
+the parts' mean is reported with a paired bootstrap interval. Accepted soups are written to OUT/soup_greedy and
+OUT/soup_weights. Every value is kept: the same call goes on after a stop. Writes OUT/soup.json and OUT/merge.html.
+
+  keye-merge search data=demo models=[runs/a,runs/b,runs/c] out=runs/soup
+  keye-merge search data=demo models=[runs/a,runs/b,runs/c] out=runs/soup budget=80 metric=score
+"""
 
 
 def _diagnose(settings: DiagnosisSettings) -> int:
-    from keye_train import runs
     from keye_train.merging.diagnosis import diagnose
-    from keye_train.report import write_merge_page
-    from keye_train.report.merge_page import PAGE
 
     file = diagnose(settings)
     found = runs.read_json(file)
     for reason in found["verdict"]["reasons"]:
         print(f"{reason['label']}: {reason['value']:.3f} in {reason['module']} ({reason['level']}; {reason['bounds']})")
     print(f"verdict: {found['verdict']['verdict']}\nfigures: {file}")
-    print(f"page:    {write_merge_page(Path(settings.out) / PAGE, 'Diagnosis', diagnosis=found)}")
+    return _page(settings.out, "Diagnosis", diagnosis=found)
+
+
+def _curve(settings: CurveSettings) -> int:
+    from keye_train.soups import draw_curve
+
+    file = draw_curve(settings)
+    found = runs.read_json(file)
+    barrier = found["barrier"]
+    print(
+        f"barrier: {barrier['height']:+.4f} at t = {barrier['t']:g} "
+        f"(95 %: {barrier['low']:+.4f} to {barrier['high']:+.4f})\nfigures: {file}"
+    )
+    return _page(settings.out, "Interpolation", curve=found)
+
+
+def _search(settings: SoupSettings) -> int:
+    from keye_train.soups import search_soup
+
+    file = search_soup(settings)
+    found = runs.read_json(file)
+    for row in found["rows"]:
+        gain = row["gains"]["parts_mean"]
+        weights = ", ".join(f"{weight:g}" for weight in row["weights"])
+        state = {True: "accepted", False: "refused", None: "part"}[row["accepted"]]
+        print(
+            f"{row['name']:<24} {row['metric']:.4f}  over the parts' mean {gain['gain']:+.4f} "
+            f"(95 %: {gain['low']:+.4f} to {gain['high']:+.4f})  {state}  [{weights}]"
+        )
+    for name, folder in found["written"].items():
+        print(f"{name}: {folder}")
+    if found["stopped"]:
+        print(f"the search ended by its {found['stopped']} limit; raise it and run again to go on")
+    print(f"figures: {file}")
+    return _page(settings.out, "Soup search", soup=found)
+
+
+def _page(out: str, title: str, **parts: Any) -> int:
+    from keye_train.report import write_merge_page
+    from keye_train.report.merge_page import PAGE
+
+    print(f"page:    {write_merge_page(Path(out) / PAGE, title, **parts)}")
     return 0
 
 
-COMMANDS = {"diagnose": Command(DIAGNOSE_HELP, DiagnosisSettings, (), _diagnose)}
+COMMANDS = {
+    "diagnose": Command(DIAGNOSE_HELP, DiagnosisSettings, (), _diagnose),
+    "curve": Command(CURVE_HELP, CurveSettings, ("data",), _curve),
+    "search": Command(SEARCH_HELP, SoupSettings, ("data",), _search),
+}

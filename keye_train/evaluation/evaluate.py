@@ -19,8 +19,8 @@ from typing import Any
 from rich.console import Console
 from tqdm import tqdm
 
+from keye_train.evaluation.answers import Encoded, answer_all, encode_task
 from keye_train.evaluation.exports import Export, compute_dtype, device
-from keye_train.evaluation.generate import generate_batch
 from keye_train.evaluation.heldout import Heldout, Question, Skipped, fingerprint, leave_out, read_drawn, read_tasks
 from keye_train.evaluation.loss import heldout_loss
 from keye_train.evaluation.results import results_table, summarise, task_result
@@ -28,7 +28,7 @@ from keye_train.evaluation.retrieval import embed_pairs, retrieval_scores
 from keye_train.evaluation.scoring import CORRECT_FROM, score
 from keye_train.evaluation.zeroshot import ZeroshotTask, class_vectors, read_zeroshot, zeroshot_scores
 from keye_train.model.pretrained import load_dual_encoder, load_export
-from keye_train.model.sample_encoder import EncodedPair, EncodedSample, SampleEncoder
+from keye_train.model.sample_encoder import EncodedPair, SampleEncoder
 from keye_train.runs import commit, read_json, versions, write_json_atomic
 from keye_train.sample import Sample, SampleError
 from keye_train.settings import EvaluationSettings, SettingsError
@@ -40,15 +40,6 @@ CACHE = "cache"
 PLAIN_WIDTH = 160  # columns of the table where the output is no terminal
 CACHE_VERSION = 2
 """Goes up whenever the same model and data would give another result."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A question as tensors."""
-
-    question: Question
-    prompt: EncodedSample
-    whole: EncodedSample  # with the answer, for the loss
 
 
 @dataclass
@@ -177,23 +168,14 @@ class _Evaluator:
             self._encoding_key = export.encoding_key()
         model = load_export(export.folder, compute_dtype())
         model.to(device())  # type: ignore[arg-type]
-        ids = processor.model.special_tokens
-        stops = [ids.eos, ids.bos]
         tasks: dict[str, Any] = {}
         samples: list[dict[str, Any]] = []
         total = sum(len(encoded) for encoded in self._encoded.values())
         with tqdm(total=total, desc=f"evaluate {export.name}", unit="sample", disable=self._quiet) as bar:
             for task, encoded in self._encoded.items():
-                answers: list[str] = [""] * len(encoded)
-                # Batches of prompts of about one length waste little on padding.
-                order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt.input_ids))
-                for start in range(0, len(order), self._settings.batch_size):
-                    chosen = order[start : start + self._settings.batch_size]
-                    prompts = [encoded[i].prompt for i in chosen]
-                    new = generate_batch(model, prompts, self._settings.max_new_tokens, stops)
-                    for i, tokens in zip(chosen, new, strict=True):
-                        answers[i] = str(processor.tokenizer.decode(tokens, skip_special_tokens=False)).strip()
-                    bar.update(len(chosen))
+                answers = answer_all(
+                    model, encoded, processor, self._settings.batch_size, self._settings.max_new_tokens, bar.update
+                )
                 loss = heldout_loss(model, [one.whole for one in encoded], export.settings())
                 records = [_record(task, one.question, text) for one, text in zip(encoded, answers, strict=True)]
                 tasks[task] = task_result([one.question.target for one in encoded], [r["score"] for r in records], loss)
@@ -204,18 +186,7 @@ class _Evaluator:
     def _encode(self, processor: SampleEncoder) -> None:
         self._encoded, self._skipped = {}, {}
         for task, heldout in self._asked.tasks.items():
-            self._encoded[task], self._skipped[task] = [], list(heldout.skipped)
-            for question in tqdm(heldout.questions, desc=f"read {task}", disable=self._quiet, leave=False):
-                sample = question.sample
-                try:
-                    encoded = Encoded(question, processor.encode_prompt(sample), processor.encode(sample))
-                    self._encoded[task].append(encoded)
-                except SampleError as error:
-                    self._skipped[task].append(leave_out(task, sample.ref, error))
-            if not self._encoded[task]:
-                raise SettingsError(
-                    f"data.heldout.{task}: none of its samples can be decoded; run keye-data check on its shards"
-                )
+            self._encoded[task], self._skipped[task] = encode_task(heldout, processor, self._quiet)
 
     def _towers(self, export: Export, processor: SampleEncoder) -> dict[str, Any]:
         model = load_dual_encoder(export.folder, compute_dtype()).to(device())

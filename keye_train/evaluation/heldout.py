@@ -55,11 +55,15 @@ class Heldout:
     skipped: list[Skipped] = field(default_factory=list)
 
 
-def read_tasks(data: DataSettings, samples_per_task: int, seed: int) -> dict[str, Heldout]:
+def read_tasks(data: DataSettings, samples_per_task: int, seed: int, behind: int = 0) -> dict[str, Heldout]:
     """Draw at most ``samples_per_task`` samples of each task of ``data.heldout``.
 
     The draw depends on the seed, the task's name and the rows of its shards alone, so every model is asked the same.
     Samples that cannot be read stand in ``skipped``.
+
+    Args:
+        behind: this many samples of the draw are passed over: a call for the first n and one for those behind n have
+            no sample in common.
 
     Raises:
         SettingsError: a shard or its index is missing, or a task has no sample that can be read.
@@ -67,13 +71,14 @@ def read_tasks(data: DataSettings, samples_per_task: int, seed: int) -> dict[str
     tasks = {}
     for task, source in data.heldout.items():
         heldout = Heldout(task)
-        for read in read_drawn(source, samples_per_task, seed, task, Question.of, data.storage):
+        for read in read_drawn(source, samples_per_task, seed, task, Question.of, data.storage, behind):
             if isinstance(read, Skipped):
                 heldout.skipped.append(read)
             else:
                 heldout.questions.append(read)
         if not heldout.questions:
-            raise SettingsError(f"data.heldout.{task}: none of its samples can be asked; check {source.shards}")
+            passed = f" behind the first {behind} of the draw" if behind else ""
+            raise SettingsError(f"data.heldout.{task}: none of its samples{passed} can be asked; check {source.shards}")
         tasks[task] = heldout
     return tasks
 
@@ -85,11 +90,13 @@ def read_drawn(
     name: str,
     make: Callable[[Sample], T],
     storage: StorageSettings | None = None,
+    behind: int = 0,
 ) -> Iterator[T | Skipped]:
-    """Draw ``count`` samples of a source without replacement, or all of them where it has fewer; see ``read_rows``."""
+    """Draw ``count`` samples of a source without replacement behind the first ``behind``, or all that are left where it
+    has fewer; see ``read_rows``."""
     rows = shard_rows(source, storage)
     draw = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    drawn = (rows[number] for number in sorted(draw.permutation(len(rows))[:count].tolist()))
+    drawn = (rows[number] for number in sorted(draw.permutation(len(rows))[behind : behind + count].tolist()))
     yield from read_rows(drawn, name, make, storage)
 
 

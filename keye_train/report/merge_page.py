@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from keye_train import runs
 from keye_train.report.diagnosis import diagnosis_section
+from keye_train.report.soup import curve_section, soup_section
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ def write_merge_page(
     out: Path,
     title: str,
     diagnosis: Mapping[str, Any] | None = None,
+    curve: Mapping[str, Any] | None = None,
+    soup: Mapping[str, Any] | None = None,
     back: str | None = None,
 ) -> Path:
     """Write the page; parts that are None are left out.
@@ -34,6 +37,8 @@ def write_merge_page(
         out: the HTML file; it appears whole or not at all.
         title: its heading.
         diagnosis: content of diagnosis.json.
+        curve: content of curve.json.
+        soup: content of soup.json.
         back: address of the page that links here.
 
     Returns:
@@ -47,6 +52,8 @@ def write_merge_page(
         style=Markup(style),
         title=title,
         back=back,
+        soup=soup_section(soup) if soup else None,
+        curve=curve_section(curve) if curve else None,
         diagnosis=diagnosis_section(diagnosis) if diagnosis else None,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
