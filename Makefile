@@ -7,6 +7,9 @@ STAMP := $(VENV)/.complete
 # One thread that waits without spinning: the tests run two processes side by side, each with its own ranks.
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE WANDB_MODE=offline HF_HUB_OFFLINE=1
 
+KILLS ?= 100
+SEED ?= 0
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check soak bench lock clean
 
@@ -34,8 +37,9 @@ check: $(STAMP) ## style, types and import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-soak: $(STAMP) ## the tests that take long
+soak: $(STAMP) ## the tests that take long, and a run killed KILLS times (make soak KILLS=20 SEED=1)
 	$(QUIET) $(BIN)/python -m pytest -m slow --timeout 3600
+	$(QUIET) $(BIN)/python tests/training/soak.py --kills $(KILLS) --seed $(SEED)
 
 bench: $(STAMP) ## measure; writes dated files under benchmarks/results
 	$(BIN)/python -m benchmarks
