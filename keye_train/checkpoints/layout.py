@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,8 +20,6 @@ KEEP = "KEEP"
 FORMAT = 2
 """1, which is still read: whole tensors named "<parameter>" and "<parameter>#<state>", no index and no manifest."""
 
-_KEY = re.compile(r"(?P<state>[a-z_]+)/(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
-
 
 @dataclass(frozen=True, order=True)
 class Slice:
@@ -36,18 +33,6 @@ class Slice:
 def slice_key(state: str, name: str, start: int, stop: int) -> str:
     """Name of a slice in its safetensors file."""
     return f"{state}/{name}[{start}:{stop}]"
-
-
-def parse_key(key: str) -> tuple[str, str, int, int]:
-    """State, parameter, start and stop of the name of a slice.
-
-    Raises:
-        ValueError: no such name.
-    """
-    found = _KEY.fullmatch(key)
-    if found is None:
-        raise ValueError(f"{key} is no name of a slice")
-    return found["state"], found["name"], int(found["start"]), int(found["stop"])
 
 
 def gap(slices: Iterable[Slice], elements: int) -> str | None:

@@ -58,12 +58,6 @@ class World:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group)
         return int(tensor)
 
-    def from_main(self, value: int) -> int:
-        """Rank 0's value. Collective: every rank must reach this."""
-        tensor = torch.tensor([value], dtype=torch.int64)
-        dist.broadcast(tensor, src=0, group=self.host_group)
-        return int(tensor)
-
     def another_group(self) -> dist.ProcessGroup:
         """A gloo group over all ranks for one other thread: a group must see the same order of collectives on every
         rank. Collective: every rank must reach this.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from keye_train import runs
 from keye_train.checkpoints import CheckpointReader, fault, layout
 from keye_train.cli import convert_main
 from keye_train.settings import SettingsError
-from keye_train.training import trainer
+from keye_train.training import distributed, trainer
 from keye_train.training.checkpoint import TrainState
+from keye_train.training.occupancy import LOCK, RunLock
 from keye_train.training.trainer import train
 
 STAGE = "1_align"
@@ -229,3 +231,26 @@ def test_a_full_disk_does_not_stop_the_training(
 def test_marks_must_be_steps_that_are_saved(toy_corpus: ToyCorpus, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"mark_every_steps=3 is no multiple of checkpoint\.every_steps=2"):
         toy_corpus.settings(STAGE, tmp_path, *SHORT, "checkpoint.mark_every_steps=3")
+
+
+def test_a_second_launch_waits_for_the_first_and_gives_up(tmp_path: Path) -> None:
+    """The lock of a process goes with it, however it ends."""
+    holder = subprocess.Popen(
+        [
+            *(sys.executable, "-c"),
+            "import fcntl, sys, time\n"
+            f"file = open({str(tmp_path / LOCK)!r}, 'a+b'); fcntl.lockf(file, fcntl.LOCK_SH)\n"
+            "print('held', flush=True); time.sleep(600)",
+        ],
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    world = distributed.start(timeout_minutes=1)
+    try:
+        with pytest.raises(SettingsError, match="in use by another launch"):
+            RunLock(tmp_path, world, patience_s=0.1)
+    finally:
+        holder.kill()
+        holder.communicate()
+    RunLock(tmp_path, world, patience_s=0.1).release()
