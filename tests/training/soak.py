@@ -65,10 +65,13 @@ class Soak:
 
     def finish(self) -> None:
         """Let the run come to its end."""
-        while not (self.run_dir / runs.EXPORT).exists():
+        for _ in range(20):
+            if runs.read_json(self.run_dir / runs.MANIFEST)["status"] == "finished":
+                return
             self._launch_if_gone()
             assert self._launcher is not None
             self._launcher.wait()
+        raise SystemExit(f"left alone, the run does not finish; see {self.log}")
 
     def step(self) -> int:
         """Steps done, by the file that rank 0 flushes after each."""
