@@ -10,4 +10,5 @@ if [ "${NNODES:-1}" -gt 1 ]; then
 else
     rendezvous=(--standalone)
 fi
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # each restart of the group gets a store without addresses of dead ranks
 exec torchrun "${rendezvous[@]}" --nproc-per-node "$nproc" -m keye_train "$@"

@@ -114,11 +114,25 @@ def _init_process_group(timeout: timedelta) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_RANK", "0")
-        dist.init_process_group(_backend(), timeout=timeout)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group(
+            _backend(), store=dist.PrefixStore(_launch(), store), rank=rank, world_size=size, timeout=timeout
+        )
         return
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it from the environment
     # A group of one needs no address: an in-memory store cannot collide with another run on this machine.
     dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _launch() -> str:
+    """Prefix of this launch in the store where ranks find each other.
+
+    torchrun 2.13 hands one store to all restarts of a group, where a restarted rank finds the addresses of dead peers.
+    On one node the count of restarts tells them apart; several nodes may count differently, there the launcher needs
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (launch/torchrun.sh sets it), which gives each restart a store of its own.
+    """
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    return f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if one_node else "restart"
 
 
 def _limit_threads(world: World) -> None:

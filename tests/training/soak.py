@@ -30,7 +30,7 @@ from keye_train import runs
 from keye_train.data.ledger import read_ledger
 
 STAGE = "2_multitask"
-SLOWEST_START_S = 180.0  # a launch that shows no step for so long is stuck
+SLOWEST_START_S = 300.0  # a launch that shows no step for so long is stuck
 # How a kill chooses its moment -> how often.
 MOMENTS = {"start": 2, "step": 5, "checkpoint": 3}
 VICTIMS = {"rank": 6, "reader": 2, "launcher": 2}
