@@ -24,6 +24,7 @@ from keye_train.settings import (
     CurveSettings,
     DiagnosisSettings,
     EvaluationSettings,
+    ForecastSettings,
     MergeSettings,
     PipelineSettings,
     ResolutionSettings,
@@ -44,6 +45,7 @@ _SCHEMAS = {
     "diagnose": DiagnosisSettings,
     "curve": CurveSettings,
     "search": SoupSettings,
+    "forecast": ForecastSettings,
     "eval": EvaluationSettings,
     "pipeline": PipelineSettings,
 }

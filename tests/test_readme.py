@@ -11,13 +11,14 @@ import pytest
 from keye_train import compose
 from keye_train.cli.soups import COMMANDS as MERGE_COMMANDS
 from keye_train.cli.train import COMMANDS as TRAIN_COMMANDS
-from keye_train.settings import EvaluationSettings, MergeSettings, PipelineSettings, TrainSettings
+from keye_train.settings import EvaluationSettings, ForecastSettings, MergeSettings, PipelineSettings, TrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A command of keye-train that takes overrides stands here by both its words.
 PROGRAMS = {
     "keye-train": (TrainSettings, "train"),
+    "keye-train plan": (ForecastSettings, "forecast"),
     "keye-merge": (MergeSettings, "merge"),
     "keye-eval": (EvaluationSettings, "eval"),
     "keye-pipeline": (PipelineSettings, "pipeline"),

@@ -9,7 +9,9 @@ from importlib import import_module
 from keye_train.cli.common import recipe_command
 from keye_train.settings import TrainSettings
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "plan": "what a run will take: memory, time, traffic",
+}
 """First word behind ``keye-train`` that is no override -> what it does. Its module in this folder, of the same name,
 has a function ``main(argv)``."""
 

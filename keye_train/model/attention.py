@@ -6,6 +6,7 @@ Back ends, by device and data type:
 
 ====================  =====================================================================
 CUDA, half precision  flash-attn where it is installed, else ``torch.nn.attention.varlen``
+meta                  nothing is computed; what the fused kernels keep for their backward is kept
 everything else       scaled-dot-product attention, segment by segment
 ====================  =====================================================================
 """
@@ -26,6 +27,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
+
+from keye_train.model.autocasting import autocast_dtype
 
 PACKED_ATTENTION = "keye_packed"  # name under which transformers' layers find ``layer_attention``
 
@@ -88,15 +91,27 @@ def _packed_attention(
     scale: float | None,
 ) -> Tensor:
     """See ``packed_attention``."""
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    device, dtype = query.device.type, autocast_dtype(query.device)
+    if dtype is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     elif key.dtype != value.dtype:
         query, key = query.to(value.dtype), key.to(value.dtype)
     if device == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
         return _flash_attention()(query, key, value, query_segments, key_segments, causal, scale)
+    if device == "meta":
+        return _ShapeOnly.apply(query, key, value)
     return _attention_by_segment(query, key, value, query_segments, key_segments, causal, scale)
+
+
+class _ShapeOnly(torch.autograd.Function):
+    """Computes nothing and keeps what the fused kernels keep: for counting memory on the meta device."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        log_sums = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+        ctx.save_for_backward(query, key, value, output, log_sums)
+        return output
 
 
 _run = _packed_attention

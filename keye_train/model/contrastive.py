@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from keye_train.model.autocasting import without_autocast
+
 Group = dist.ProcessGroup
 
 
@@ -36,7 +38,7 @@ def siglip_loss(
     Returns:
         [B] float32: for each image, the sum over all texts. Their sum divided by the number of pairs is the loss.
     """
-    with torch.autocast(image_embeds.device.type, enabled=False):
+    with without_autocast(image_embeds.device):
         similarity = image_embeds.float() @ text_embeds.float().T
         logits = similarity * logit_scale.float().exp() + logit_bias.float()
     signs = torch.full_like(logits, -1.0)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from keye_train.model.autocasting import autocast_dtype, without_autocast
+
 CHUNK_LOGITS = 2**26  # logits held at a time: 0.25 GB in float32
 BAND_ROWS = 8192
 
@@ -56,8 +58,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         [K] float32. A target that is no id of the vocabulary gives NaN: looking for one would wait for the device,
         and the check of a step for finite numbers stops at it.
     """
-    device = hidden.device.type
-    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    compute = autocast_dtype(hidden.device) or weight.dtype
     # max(K, W): neither a block's logits nor its copy of the weight in another data type are larger than the limit.
     block = max(1, CHUNK_LOGITS // max(hidden.shape))
     losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, compute, block)
@@ -74,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         sums = torch.zeros_like(largest)  # of exp(logit - largest), over the blocks so far
         of_target = torch.zeros_like(largest)
         found = torch.zeros_like(targets, dtype=torch.bool)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             states = hidden.to(compute)
             for start in range(0, weight.shape[0], block):
                 logits = F.linear(states, weight[start : start + block].to(compute)).float()
@@ -97,7 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # float32: blocks are added up here, and half precision would lose the small ones.
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
         grad_weight = torch.empty_like(weight) if needs_weight else None
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             states = hidden.to(ctx.compute)
             for start in range(0, weight.shape[0], ctx.block):
                 columns = slice(start, start + ctx.block)

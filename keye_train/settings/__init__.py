@@ -19,6 +19,7 @@ from keye_train.settings.basics import (
     SettingsError,
 )
 from keye_train.settings.checkpoint import CheckpointSettings
+from keye_train.settings.cluster import ClusterSettings, ForecastSettings
 from keye_train.settings.data import (
     CurriculumPoint,
     CurriculumSettings,
@@ -80,6 +81,7 @@ __all__ = [
     "AnswerSettings",
     "CaptionDecoderSettings",
     "CheckpointSettings",
+    "ClusterSettings",
     "CurriculumPoint",
     "CurriculumSettings",
     "CurveSettings",
@@ -87,6 +89,7 @@ __all__ = [
     "DeepSpeedSettings",
     "DiagnosisSettings",
     "EvaluationSettings",
+    "ForecastSettings",
     "GuardSettings",
     "HangPolicy",
     "LanguageModelSettings",

@@ -1,0 +1,182 @@
+"""Forecast of a rank's memory against what one optimizer step really takes, on CPU tensors or on a GPU.
+
+    python -m benchmarks.memory
+
+Each case is a process of its own: a small Keye (64 M parameters) is built, given to the engine and trained for two
+steps of two micro-batches; the second is watched. On a CPU, what torch's allocator holds is followed through the
+profiler's memory events, so neither the interpreter nor what malloc keeps back counts; on a GPU it is
+torch.cuda.max_memory_allocated. The forecast is `keye_train.forecast`'s for the same pack.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+
+import torch
+
+from benchmarks.results import Result
+from keye_train import compose
+from keye_train.forecast.activations import PackShape, trace
+from keye_train.forecast.forecast import parameter_counts
+from keye_train.forecast.memory import device_memory
+from keye_train.model import module_parameters
+from keye_train.model.packed import PackedInputs, VisionInputs
+from keye_train.settings import TrainSettings
+from keye_train.training import build, distributed
+from keye_train.training.engine import Engine
+from keye_train.training.optimizer import parameter_groups
+from keye_train.training.trainer import weighted_sum
+
+MODEL = [
+    "data=keye_example",
+    "model=tiny",
+    "model.tokenizer=none",
+    *(
+        f"model.language.{key}={value}"
+        for key, value in {
+            "hidden_size": 512,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "mrope_section": "[8,12,12]",
+            "vocab_size": 16384,
+        }.items()
+    ),
+    "model.vision.hidden_size=384",
+    "model.vision.intermediate_size=1536",
+    "model.vision.num_hidden_layers=6",
+    "deepspeed.bucket_elements=5000000",
+    "deepspeed.overlap_comm=false",
+]
+CASES = [
+    ("2_multitask", 0, "fp32", "none"),
+    ("2_multitask", 0, "fp32", "selective"),
+    ("2_multitask", 0, "fp32", "full"),
+    ("2_multitask", 1, "fp32", "none"),
+    ("2_multitask", 2, "fp32", "none"),
+    ("2_multitask", 3, "fp32", "full"),
+    ("1_align", 2, "fp32", "none"),
+    ("2_multitask", 1, "bf16", "none"),
+    ("2_multitask", 2, "bf16", "full"),
+    ("2_multitask", 3, "bf16", "none"),
+]
+SAMPLES = 8
+MICRO_STEPS = 2
+
+
+def main() -> None:
+    """Measure every case."""
+    assert __doc__ is not None
+    result = Result("memory", __doc__)
+    for case in CASES:
+        command = [sys.executable, "-m", "benchmarks.memory", *map(str, case)]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        result.add(json.loads(found.splitlines()[-1]))
+    result.write()
+
+
+def measure(stage: str, zero_stage: int, precision: str, checkpointing: str) -> dict[str, object]:
+    """One case, in this process."""
+    half = precision == "bf16" and not torch.cuda.is_available()  # slow on CPUs without such instructions
+    pack = PackShape(128, 256, 64) if half else PackShape(512, 1024, 256)
+    overrides = [
+        *MODEL,
+        f"stage={stage}",
+        f"deepspeed.zero_stage={zero_stage}",
+        f"deepspeed.precision={precision}",
+        f"stage.activation_checkpointing={checkpointing}",
+    ]
+    settings = compose.load_settings(TrainSettings, "train", overrides)
+    expected = device_memory(settings, parameter_counts(settings), trace(settings), pack, 1, MICRO_STEPS)
+    world = distributed.start(5)
+    before = _held_bytes()
+    objective = build.build_objective(settings)
+    groups = parameter_groups(module_parameters(objective.model), settings.stage)
+    engine = Engine(objective, objective.model, groups, settings, world)
+    inputs = make_pack(pack, settings.model.language.vocab_size).to(world.device)
+
+    def step() -> None:
+        for number in range(MICRO_STEPS):
+            losses, _ = engine.forward(inputs)
+            engine.accumulate(weighted_sum(losses, 1e-3), last=number == MICRO_STEPS - 1)
+            del losses
+        engine.apply()
+
+    step()
+    gc.collect()
+    state = _held_bytes() - before
+    peak = _peak(step, state)
+    return {
+        "stage": stage,
+        "ZeRO": zero_stage,
+        "precision": precision,
+        "checkpointing": checkpointing,
+        "measured, MB": round(peak / 1e6, 1),
+        "forecast, MB": round(expected.total / 1e6, 1),
+        "error, %": round(100 * (expected.total / peak - 1), 1),
+        "between steps, MB": round(state / 1e6, 1),
+        "weights and optimizer, forecast, MB": round((expected.weights + expected.optimizer) / 1e6, 1),
+    }
+
+
+def make_pack(pack: PackShape, vocab_size: int) -> PackedInputs:
+    """A pack of equal samples, each with one image."""
+
+    def borders(length: int) -> torch.Tensor:
+        return torch.arange(0, length * SAMPLES + 1, length, dtype=torch.int32)
+
+    tokens, patches = pack.tokens // SAMPLES, pack.patches // SAMPLES
+    pixels = torch.randint(0, 255, (pack.patches, 3, 14, 14), dtype=torch.uint8)
+    ids = torch.randint(100, vocab_size, (pack.tokens,))
+    return PackedInputs(
+        input_ids=ids,
+        labels=ids,
+        position_ids=torch.arange(tokens).repeat(SAMPLES).expand(3, -1).contiguous(),
+        cu_seqlens=borders(tokens),
+        max_seqlen=tokens,
+        vision=VisionInputs(pixels, torch.tensor([[1, 8, patches // 8]] * SAMPLES), borders(patches), patches),
+        vision_rows=torch.arange(pack.patches // 4),
+        loss_rows=torch.arange(pack.labelled),
+        loss_targets=ids[: pack.labelled],
+        loss_samples=torch.zeros(pack.labelled, dtype=torch.int64),
+    )
+
+
+def _held_bytes() -> int:
+    """Bytes of all tensors that this process holds."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def _peak(step: object, state: int) -> int:
+    assert callable(step)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return int(torch.cuda.max_memory_allocated())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    assert profile.profiler is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return state + peak
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])))
+    else:
+        main()
