@@ -72,6 +72,7 @@ def write_index(folder: Path) -> None:
             "size": [1] * SHARD_ROWS,
             "text_tokens": np.exp(rng.normal(5, 0.7, SHARD_ROWS)).astype(int) + 20,
             "media": [[medium | {"width": w, "height": h}] if medium else [] for w, h in sides],
+            "cuts": [[] for _ in sides],
             "task": [name] * SHARD_ROWS,
             "error": [None] * SHARD_ROWS,
         }

@@ -22,8 +22,9 @@ DESCRIPTION = """\
 Audit a run: recompute its plan from recipe and indexes, and hold it against what the run wrote down. Every planned
 sample must be trained on in its step or stand in the ledger with a reason.
 
-Prints coverage by source and epoch, and skipped samples by reason. Exit status 1 when a planned sample is neither
-trained nor skipped, or came more often than the epochs of its source. The shards and indexes must be those of the run.
+Prints coverage by source and epoch, skipped samples by reason, and how many samples data.overlong made fit (changed).
+Exit status 1 when a planned sample is neither trained nor skipped, or came more often than the epochs of its source.
+The shards and indexes must be those of the run.
 
 --quarantine FILE lists the samples that could not be read (not those above the budgets); data.quarantine=[FILE] leaves
 them out of later runs. --requeue SHARD copies the members of those samples into a shard of their own, where their
@@ -73,6 +74,7 @@ def text_table(audit: Audit) -> str:
     lines = [f"{audit.run}: {audit.steps} steps"]
     lines.append(
         f"{'source':<20}{'samples':>12}{'filtered':>10}{'planned':>12}{'trained':>12}{'skipped':>10}{'refused':>10}"
+        f"{'changed':>10}"
         "  epochs"
     )
     for one in audit.sources:
@@ -80,6 +82,7 @@ def text_table(audit: Audit) -> str:
         skipped = sum(one.skipped.values())
         numbers = (
             f"{one.size:>12,}{one.filtered:>10,}{one.planned:>12,}{one.trained:>12,}{skipped:>10,}{one.refused:>10,}"
+            f"{one.changed:>10,}"
         )
         lines.append(f"{one.name:<20}{numbers}  {epochs}")
     reasons = [(count, one.name, reason) for one in audit.sources for reason, count in one.skipped.items()]

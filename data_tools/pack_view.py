@@ -11,8 +11,9 @@ from data_tools.page import printable
 from keye_train.data.collate import LoadedPack
 from keye_train.data.index import read_key
 from keye_train.data.loader import ReadTask
-from keye_train.data.plan import Pack, PlannedSample
+from keye_train.data.plan import Pack
 from keye_train.model.packed import PackedInputs
+from keye_train.model.sample_encoder import WHOLE
 from keye_train.settings import StorageSettings, TrainSettings
 
 MAX_ROWS = 60
@@ -39,6 +40,7 @@ class PackRow:
     tokens: int
     patches: int
     learnt: int | None  # labelled tokens; None without the language objective
+    change: str  # what data.overlong does to it, "" where nothing
 
 
 @dataclass(frozen=True)
@@ -80,18 +82,27 @@ def pack_view(
     if isinstance(inputs, PackedInputs):
         learnt = list(np.bincount(inputs.loss_samples.numpy(), minlength=len(loaded.refs)).tolist())
         borders = _numbers(inputs.cu_seqlens.tolist())
-    read = _read_samples(planned, tasks, loaded, settings.data.storage)
+    read = _read_samples(tasks, loaded, settings.data.storage)
     rows = [
         PackRow(
-            number[ref.source], ref.source, printable(ref.key), printable(task), sample.tokens, sample.patches, count
+            number[ref.source],
+            ref.source,
+            printable(ref.key),
+            printable(label),
+            task.tokens,
+            task.patches,
+            count,
+            "" if task.fit == WHOLE else str(task.fit),
         )
-        for ref, task, sample, count in zip(loaded.refs, loaded.tasks, read, learnt, strict=True)
+        for ref, label, task, count in zip(loaded.refs, loaded.tasks, read, learnt, strict=True)
     ]
     about = (
         f"{len(loaded.refs)} samples; {loaded.tokens:,} tokens, {100 * planned.tokens / stage.max_tokens:.2f} % of the "
         f"budget; {loaded.patches:,} patches, {100 * planned.patches / stage.max_patches:.1f} %; "
         f"cost {planned.cost / mean_cost:.3f} of the mean of its global batch ({planned.cost:.3g} FLOPs forward)"
     )
+    if loaded.changed:
+        about += f"; {loaded.changed} made to fit"
     if loaded.skipped:
         about += f"; {len(loaded.skipped)} could not be read"
     return PackView(
@@ -109,18 +120,12 @@ def pack_view(
     )
 
 
-def _read_samples(
-    planned: Pack, tasks: Sequence[ReadTask], loaded: LoadedPack, storage: StorageSettings
-) -> list[PlannedSample]:
+def _read_samples(tasks: Sequence[ReadTask], loaded: LoadedPack, storage: StorageSettings) -> list[ReadTask]:
     """Planned samples that were read, in their order."""
     if not loaded.skipped:
-        return list(planned.samples)
+        return list(tasks)
     skipped = {(ref.shard, ref.key) for ref, _ in loaded.skipped}
-    return [
-        sample
-        for sample, task in zip(planned.samples, tasks, strict=True)
-        if (task.shard, read_key(task.shard, task.row, storage)) not in skipped
-    ]
+    return [task for task in tasks if (task.shard, read_key(task.shard, task.row, storage)) not in skipped]
 
 
 def _bar(rows: Sequence[PackRow], unit: str, budget: int) -> list[Segment]:

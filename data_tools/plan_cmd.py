@@ -135,6 +135,8 @@ def describe(result: Simulation, options: PlanOptions) -> dict[str, Any]:
             "samples": source.samples,
             "dropped": source.dropped,
             "filtered": source.filtered,
+            "downscaled": source.downscaled,
+            "truncated": source.truncated,
             "share_samples": source.drawn / totals["drawn"],
             "share_tokens": source.tokens / totals["tokens"],
             "share_patches": source.patches / totals["patches"],
@@ -221,9 +223,10 @@ def render(described: dict[str, Any]) -> str:
         f"{'shares of a batch against random':36}{d['mix_deviation']:>9.2f}  (1: as n samples drawn at random)",
         "",
         f"weights are shares of {d['mixture_unit']}{' at the start' if d['curriculum'] else ''}; "
-        "filtered: passed over, not counted as left out",
+        "filtered: passed over, not counted as left out; downscaled, truncated: made to fit by data.overlong",
         f"{'source':20}{'weight':>8}{'samples':>9}{'tokens':>8}{'patches':>8}{'FLOPs':>8}"
-        f"{'mean':>8}{'p99':>8}{'filtered':>10}{'left out':>9}{'steps/epoch':>13}{'epochs':>8}",
+        f"{'mean':>8}{'p99':>8}{'filtered':>10}{'downscaled':>11}{'truncated':>10}{'left out':>9}"
+        f"{'steps/epoch':>13}{'epochs':>8}",
     ]
     lines += [_source_line(source) for source in d["sources"]]
     lines += ["", "left out" if d["left_out"] else "no sample is left out"]
@@ -251,7 +254,8 @@ def _source_line(source: dict[str, Any]) -> str:
     return (
         f"{source['name'][:19]:20}{source['weight']:8.1%}"
         + "".join(f"{share:{width}.1%}" for share, width in zip(shares, (9, 8, 8, 8), strict=True))
-        + f"{source['mean_tokens']:8.0f}{source['p99_tokens']:8.0f}{source['filtered']:10,}{source['dropped']:9,}"
+        + f"{source['mean_tokens']:8.0f}{source['p99_tokens']:8.0f}{source['filtered']:10,}"
+        + f"{source['downscaled']:11,}{source['truncated']:10,}{source['dropped']:9,}"
         + f"{'–' if per_epoch is None else f'{per_epoch:,.0f}':>13}{source['epochs_in_recipe']:8.2f}"
     )
 

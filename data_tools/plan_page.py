@@ -92,6 +92,8 @@ def _sources(described: dict[str, Any]) -> Table:
         "mean tokens",
         "p99 tokens",
         "filtered",
+        "downscaled",
+        "truncated",
         "left out",
     ]
     rows = []
@@ -104,7 +106,7 @@ def _sources(described: dict[str, Any]) -> Table:
             Cell(f"{source['mean_tokens']:,.0f}"),
             Cell(f"{source['p99_tokens']:,.0f}"),
             Cell(f"{source['filtered']:,}"),
-            Cell(f"{source['dropped']:,}"),
+            *(Cell(f"{source[name]:,}") for name in ("downscaled", "truncated", "dropped")),
             EMPTY if per_epoch is None else Cell(f"{per_epoch:,.0f}", f"{source['rows']:,} samples"),
             Cell(f"{source['epochs_in_recipe']:.2f}"),
         ]

@@ -14,17 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from data_tools.page import printable
-from keye_train.data.formats import parse_sample
+from data_tools.view_reader import GuardedReader, ReadMedium
 from keye_train.data.loader import ReadTask
-from keye_train.data.reader import ShardReader
-from keye_train.model.chat import media_slots
-from keye_train.model.media_options import MediaOptions, MediaRequest
 from keye_train.model.packed import IGNORE_INDEX
 from keye_train.model.positions import PATCH_SIZE, grid_tokens
-from keye_train.model.sample_encoder import EncodedPair, EncodedSample, SampleEncoder
-from keye_train.model.video import frames_taken, open_video
-from keye_train.sample import MediaKind, Sample, SampleError, SampleRef
-from keye_train.settings import Objective, TrainSettings
+from keye_train.model.sample_encoder import WHOLE, EncodedPair, EncodedSample, SampleEncoder
+from keye_train.sample import MediaKind
+from keye_train.settings import TrainSettings
 
 IMAGE_SIDE = 512  # pixels of the longest side of an embedded image; larger ones are reduced for the page
 FRAME_SIDE = 224
@@ -75,6 +71,7 @@ class Card:
     key: str
     task: str = ""
     problem: str = ""  # why it is not trained on
+    change: str = ""  # what data.overlong does to it
     tokens: int = 0
     patches: int = 0
     learnt: int = 0  # tokens with a label
@@ -86,10 +83,9 @@ class Card:
 class Album:
     """Makes cards of samples, and keeps the pictures of a page below a number of bytes."""
 
-    def __init__(self, settings: TrainSettings, encoder: SampleEncoder, max_bytes: int) -> None:
-        self._settings, self._encoder = settings, encoder
+    def __init__(self, settings: TrainSettings, encoder: SampleEncoder, reader: GuardedReader, max_bytes: int) -> None:
+        self._settings, self._encoder, self._reader = settings, encoder, reader
         self._left_bytes = max_bytes
-        self._reader = ShardReader(settings.data.storage)
         self.full = False  # pictures were left out
 
     def card(self, task: ReadTask, colour: int, problem: str = "") -> Card:
@@ -100,48 +96,31 @@ class Album:
             colour: number of its source.
             problem: why the plan leaves it out.
         """
-        card = Card(task.source, colour, task.shard, f"row {task.row}", problem=printable(problem))
-        try:
-            key, members = self._reader.read(task.shard, task.row)
-            card.key = printable(key)
-            sample = parse_sample(SampleRef(task.source, task.shard, key), members)
-            card.task = printable(sample.task)
-            self._encode(sample, card)
-        except SampleError as error:
-            card.problem = card.problem or printable(str(error))
+        read = self._reader.sample(task)
+        card = Card(task.source, colour, task.shard, printable(read.key) or f"row {task.row}", printable(read.task))
+        card.problem = printable(problem or read.problem)
+        card.change = "" if task.fit == WHOLE else str(task.fit)
+        if read.encoded is not None:
+            self._describe(read.encoded, read.media, card)
         return card
 
-    def close(self) -> None:
-        """Close the shards."""
-        self._reader.close()
-
-    def _encode(self, sample: Sample, card: Card) -> None:
-        stage, encoder = self._settings.stage, self._encoder
-        encoded: EncodedSample | EncodedPair
-        if stage.objective == Objective.contrastive:
-            encoded = encoder.encode_pair(sample)
-            ids, tokenizer = encoded.text_ids, encoder.text_tokenizer
+    def _describe(self, encoded: EncodedSample | EncodedPair, media: Sequence[ReadMedium], card: Card) -> None:
+        if isinstance(encoded, EncodedPair):
+            ids, tokenizer = encoded.text_ids, self._encoder.text_tokenizer
             # The towers are compared; tokens are predicted by the caption decoder alone, where there is one.
-            learnt = np.arange(len(ids)) < (encoded.caption_tokens if stage.caption_weight > 0 else 0)
+            predicted = encoded.caption_tokens if self._settings.stage.caption_weight > 0 else 0
+            learnt = np.arange(len(ids)) < predicted
         else:
-            encoded = encoder.encode(sample)
-            ids, tokenizer = encoded.input_ids, encoder.tokenizer
+            ids, tokenizer = encoded.input_ids, self._encoder.tokenizer
             learnt = (encoded.labels != IGNORE_INDEX).numpy()
         card.tokens, card.patches, card.learnt = len(ids), len(encoded.pixel_patches), int(learnt.sum())
         card.pieces, card.tokens_left_out = token_pieces(ids, learnt, tokenizer)
         start = 0
-        for slot, grid in zip(media_slots(sample.messages), encoded.grid_thw.tolist(), strict=True):
+        for medium, grid in zip(media, encoded.grid_thw.tolist(), strict=True):
             stop = start + int(np.prod(grid))
-            times = self._times(sample.media[slot.name]) if slot.kind == MediaKind.video else []
             frames = frames_of(encoded.pixel_patches[start:stop], grid)
-            card.pictures.append(self._picture(slot.name, slot.kind, frames, times))
+            card.pictures.append(self._picture(medium.name, medium.kind, frames, medium.times_s))
             start = stop
-
-    def _times(self, data: bytes) -> list[float]:
-        """Times of the frames that are taken, in seconds behind the first of the video."""
-        with open_video(data) as video:
-            request = MediaRequest.of(video.info, self._settings.data.resolution, MediaOptions())
-            return [video.seconds[index] for index in frames_taken(video.seconds, request)]
 
     def _picture(self, name: str, kind: MediaKind, frames: np.ndarray, times: Sequence[float]) -> Picture:
         t, height, width, _ = frames.shape

@@ -91,6 +91,8 @@ class SourceTally:
     weight: float  # share that the recipe asks for
     sample_bytes: float  # mean size of a sample in its shards
     filtered: int = 0  # passed over by the filter of the source
+    downscaled: int = 0  # of the samples: made to fit by data.overlong
+    truncated: int = 0  # likewise; some are both
     samples: int = 0  # planned for training
     dropped: int = 0
     tokens: int = 0
@@ -287,7 +289,7 @@ class _Counting:
             dtype=np.int64,
         ).reshape(-1, 5)
         packs, sources, rows, tokens, patches = columns.T
-        sizes = self._sizes(sources, rows)
+        sizes = self._look(sources, rows)
         for distribution, values, limit in (
             (result.token_fill, tokens, result.max_tokens),
             (result.patch_fill, patches, result.max_patches),
@@ -304,12 +306,16 @@ class _Counting:
         result.steps += 1
         result.packs += len(batch.packs)
 
-    def _sizes(self, sources: np.ndarray, rows: np.ndarray) -> Sizes:
-        """Sizes of samples in their order."""
+    def _look(self, sources: np.ndarray, rows: np.ndarray) -> Sizes:
+        """Sizes of samples in their order; counts those that were made to fit."""
         order = np.argsort(sources, kind="stable")
-        parts = [
-            self._plan.source(number).look(rows[sources == number]).sizes for number in range(len(self._result.sources))
-        ]
+        parts = []
+        for number, tally in enumerate(self._result.sources):
+            looked = self._plan.source(number).look(rows[sources == number])
+            parts.append(looked.sizes)
+            if looked.fits is not None:
+                tally.truncated += int((looked.fits[:, 0] > 0).sum())
+                tally.downscaled += int((looked.fits[:, 1] > 0).sum())
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         return Sizes.concatenate(parts).take(back)

@@ -8,17 +8,19 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from data_tools.pack_view import PackView, pack_view
 from data_tools.page import write_html
 from data_tools.recipe import add_recipe_words, read_recipe
 from data_tools.samples import Album, Card
+from data_tools.view_reader import GuardedReader
 from keye_train.data.cost import training_cost
 from keye_train.data.index import read_columns
-from keye_train.data.loader import PackReader, ReadTask, read_tasks
+from keye_train.data.loader import ReadTask, read_tasks
 from keye_train.data.plan import Plan
-from keye_train.model.sample_encoder import SampleEncoder
+from keye_train.model.sample_encoder import WHOLE, SampleEncoder
 from keye_train.settings import SettingsError, TrainSettings
 
 DESCRIPTION = """\
@@ -33,7 +35,11 @@ Options of the command, as KEY=VALUE beside the recipe's:
   keys=[a,b]         only the samples with these keys, wherever they stand
   skipped=true       only samples that the plan leaves out, over a budget or unreadable: the first per_source of each
                      source among the next scan_samples draws (100,000)
+  changed=true       only samples that data.overlong makes fit, looked for in the same way
   max_megabytes=X    of pictures on the page (12); what comes after is shown without
+
+Reading is held to data.decode_seconds and data.decode_bytes as in training (not with data.workers=0): a sample that
+hangs its decoder or takes too much memory is shown with that reason.
 
 Names and texts of samples are shown as text: nothing of them can become part of the page.
 """
@@ -55,6 +61,7 @@ class ViewOptions:
     packs: int = 2
     keys: list[str] = field(default_factory=list)
     skipped: bool = False
+    changed: bool = False
     scan_samples: int = 100_000
     """Draws that are looked through for samples."""
     max_megabytes: float = 12.0
@@ -62,8 +69,8 @@ class ViewOptions:
 
     def check(self) -> None:
         """Raise SettingsError for values that cannot work."""
-        if self.keys and self.skipped:
-            raise SettingsError("keys=... and skipped=true choose samples in two ways: give one of them")
+        if bool(self.keys) + self.skipped + self.changed > 1:
+            raise SettingsError("keys=..., skipped=true and changed=true choose samples in several ways: give one")
         if min(self.per_source, self.packs) < 0 or self.scan_samples < 1 or self.max_megabytes < 0:
             raise SettingsError("per_source, packs and max_megabytes are at least 0, scan_samples at least 1")
 
@@ -101,31 +108,30 @@ def run(arguments: argparse.Namespace) -> int:
         chosen = first_skipped(plan, options)
     else:
         chosen = first_planned(plan, options)
-    album = Album(settings, encoder, round(options.max_megabytes * 1e6))
-    try:
+    with GuardedReader(settings, encoder) as reader:
+        album = Album(settings, encoder, reader, round(options.max_megabytes * 1e6))
         ordered = sorted(chosen, key=lambda one: one.source)
         cards = [album.card(one.task, one.source, one.problem) for one in tqdm(ordered, unit="sample", desc="view")]
-    finally:
-        album.close()
-    packs = first_packs(plan, settings, encoder, 0 if options.keys or options.skipped else options.packs)
+        special = options.keys or options.skipped or options.changed
+        packs = first_packs(plan, settings, reader, 0 if special else options.packs)
     page = _write(Path(options.out), settings, plan, cards, packs, album.full)
     print(f"{len(cards)} samples, {len(packs)} packs: {page}")
     return 0
 
 
 def first_planned(plan: Plan, options: ViewOptions) -> list[Chosen]:
-    """The first samples of each source, in the order of the training."""
-    found: dict[int, list[Chosen]] = {number: [] for number in range(len(plan.sources))}
+    """The first samples of each source, or of those made to fit, each once, in the order of the training."""
+    found: dict[int, dict[int, Chosen]] = {number: {} for number in range(len(plan.sources))}
     seen = 0
     for batch, _ in plan.batches():
         for pack in batch.packs:
             for sample, task in zip(pack.samples, read_tasks(plan, pack), strict=True):
-                if len(found[sample.source]) < options.per_source:
-                    found[sample.source].append(Chosen(sample.source, task))
+                if len(found[sample.source]) < options.per_source and (task.fit != WHOLE or not options.changed):
+                    found[sample.source].setdefault(sample.row, Chosen(sample.source, task))
             seen += len(pack.samples)
         if seen >= options.scan_samples or all(len(some) >= options.per_source for some in found.values()):
             break
-    return [one for some in found.values() for one in some]
+    return [one for some in found.values() for one in some.values()]
 
 
 def first_skipped(plan: Plan, options: ViewOptions) -> list[Chosen]:
@@ -164,24 +170,23 @@ def find_keys(plan: Plan, keys: list[str]) -> list[Chosen]:
         for shard, first in zip(shards, source.first_rows.tolist(), strict=False):
             for row, key in enumerate(read_columns(shard, ["key"], source.storage)["key"].to_pylist()):
                 if key in wanted:
-                    found.append(Chosen(number, ReadTask(name, shard, row, first + row, 0, 0)))
+                    (fit,) = source.fits(np.array([first + row]))
+                    found.append(Chosen(number, ReadTask(name, shard, row, first + row, 0, 0, fit)))
                     missing.discard(key)
     if missing:
         raise ValueError(f"no sample with the key {sorted(missing)[0]!r} in the sources {', '.join(plan.sources)}")
     return found
 
 
-def first_packs(plan: Plan, settings: TrainSettings, encoder: SampleEncoder, count: int) -> list[PackView]:
+def first_packs(plan: Plan, settings: TrainSettings, reader: GuardedReader, count: int) -> list[PackView]:
     """The first packs of the training, read as it reads them."""
-    stage = settings.stage
-    read = PackReader(encoder, stage.objective, stage.max_tokens, stage.caption_weight > 0, settings.data.storage)
     views: list[PackView] = []
     for batch, _ in plan.batches() if count else ():
         mean_cost = sum(pack.cost for pack in batch.packs) / len(batch.packs)
         for pack in batch.packs[: count - len(views)]:
             tasks = read_tasks(plan, pack)
             title = f"step {batch.step}, pack {len(views)}"
-            views.append(pack_view(title, pack, tasks, read(tasks), settings, plan.sources, mean_cost))
+            views.append(pack_view(title, pack, tasks, reader.pack(tasks), settings, plan.sources, mean_cost))
         if len(views) >= count:
             break
     return views

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class SampleError(Exception):
@@ -31,6 +31,19 @@ class MediaInfo:
     height: int  # pixels, after EXIF rotation
     frames: int = 1
     fps: float = 0.0  # frames per second; 0 for images
+
+
+class Fit(NamedTuple):
+    """What is taken of a sample that exceeds the budgets of a pack as a whole; see ``data.overlong``."""
+
+    answers: int = 0  # the conversation ends behind so many assistant turns; 0: it is whole
+    media_tokens: int = 0  # language tokens that each image and video takes at most; 0: what the recipe allows
+
+    def __str__(self) -> str:
+        """For people: "as it is" where nothing is changed."""
+        changes = [f"each image and video takes at most {self.media_tokens} tokens"] if self.media_tokens else []
+        changes += [f"cut off behind answer {self.answers}"] if self.answers else []
+        return ", ".join(changes) or "as it is"
 
 
 @dataclass(frozen=True)

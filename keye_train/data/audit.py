@@ -23,6 +23,7 @@ from keye_train.data.digest import digest_samples
 from keye_train.data.index import read_columns
 from keye_train.data.ledger import read_ledger
 from keye_train.data.plan import GlobalBatch, Plan
+from keye_train.sample import Fit
 from keye_train.settings import StorageSettings, TrainSettings
 
 Row = tuple[int, int]
@@ -39,6 +40,7 @@ class SourceAccount:
     times: np.ndarray  # [size] uint16: how often each row was planned
     filtered: int = 0  # of those places, kept out by its filter, up to the last step
     trained: int = 0
+    changed: int = 0  # of those trained or refused, made to fit by data.overlong
     refused: int = 0  # read, but the update of the step was refused as not finite
     skipped: Counter[str] = field(default_factory=Counter)  # kind of reason -> samples
 
@@ -85,6 +87,7 @@ class Audit:
                     "planned": one.planned,
                     "trained": one.trained,
                     "refused": one.refused,
+                    "changed": one.changed,
                     "skipped": dict(one.skipped),
                     "coverage": one.coverage,
                     "repeated": one.repeated,
@@ -175,6 +178,11 @@ def _examine_step(
     if written is None:
         audit.problems.append(f"step {batch.step}: its {samples} samples are neither trained nor skipped")
         return
+    changed = _count_changed(audit, plan, [*left.elements()])
+    if changed != written.get("changed", changed):
+        audit.problems.append(
+            f"step {batch.step}: {written['changed']} samples were made to fit, the plan says {changed} (data.overlong)"
+        )
     if (samples, digest) != (written["samples"], written["digest"]):
         audit.problems.append(
             f"step {batch.step}: trained on {written['samples']} samples, {samples} were planned and not skipped"
@@ -185,6 +193,18 @@ def _examine_step(
             audit.sources[source].trained += 1
         else:
             audit.sources[source].refused += 1
+
+
+def _count_changed(audit: Audit, plan: Plan, read: list[Row]) -> int:
+    """Count the samples of a step that ``data.overlong`` made fit, also in the accounts of their sources."""
+    total = 0
+    for number, account in enumerate(audit.sources):
+        if plan.source(number).fitting is not None:
+            fits = plan.source(number).fits(np.array([row for source, row in read if source == number], dtype=np.int64))
+            own = sum(fit != Fit() for fit in fits)
+            account.changed += own
+            total += own
+    return total
 
 
 class _RowFinder:

@@ -26,6 +26,7 @@ class LoadedPack:
     patches: int  # vision patches that were really read
     fill: float  # planned tokens / stage.max_tokens
     digest: int = 0  # of the samples that were read, see data.digest
+    changed: int = 0  # samples that were read in part or at a lower resolution, see data.overlong
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Measured sizes of the samples of a source, block by block: what is looked at is measured, what is old is forgotten.
 
 With a cache folder, the sizes of a shard are measured once for all processes of the machine and for every later start,
-17 bytes a sample (see ``kept``).
+23 bytes a sample (see ``kept``).
 """
 
 from __future__ import annotations
@@ -24,21 +24,26 @@ from keye_train.data.filters import INDEX_COLUMNS, Filter, filter_columns
 from keye_train.data.index import INDEX_VERSION, read_rows
 from keye_train.data.kept import ROW, read_kept, write_kept
 from keye_train.data.measure import Sizes, measure
+from keye_train.data.overlong import Fitting, fit_sample
 from keye_train.data.paths import index_file
 from keye_train.data.storage import is_url
+from keye_train.sample import MediaInfo, MediaKind
 from keye_train.settings import ResolutionSettings, StorageSettings
 
 BLOCK_ROWS = 128
 """Rows that are measured and forgotten together: a block of ``data.shuffle_block_rows`` as it is set by default."""
 
 KEPT_ROWS = 1_500_000
-"""Rows of a source that stay in memory at least, at 17 bytes: a group of blocks of the usual size and half the next."""
+"""Rows of a source that stay in memory at least, at 23 bytes: a group of blocks of the usual size and half the next."""
 
 PART_ROWS = 131_072
 """Rows that are read and measured together."""
 
 READERS = 8
 """Indexes read at the same time."""
+
+MOST_ANSWERS = 2**16 - 1
+"""Answers of a conversation behind which it can be cut."""
 
 KNOWN_MEDIA = 100_000
 """Different sizes of media whose cost is remembered."""
@@ -54,12 +59,14 @@ class Measuring:
     cache: Path | None = None  # folder
     rows_from: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # shard -> ``ShardHeader.rows_from``
     storage: StorageSettings | None = None
+    fitting: Fitting | None = None  # what becomes of samples over a budget; None: they are skipped
     group_blocks: int = 0  # blocks that one window may look at, see ``data.shuffle_group_blocks``
 
     @cached_property
     def _described(self) -> str:
         resolution = sorted(asdict(self.resolution).items())
-        return json.dumps([INDEX_VERSION, resolution, self.pair_tokens, self.filter.text if self.filter else None])
+        expression = self.filter.text if self.filter else None
+        return json.dumps([INDEX_VERSION, resolution, self.pair_tokens, expression, repr(self.fitting)])
 
     def cache_path(self, shard: str) -> Path | None:
         """File of the measured rows of a shard; everything that decides them is in its name."""
@@ -85,8 +92,8 @@ class BlockStore:
         self._blocks: OrderedDict[int, Block] = OrderedDict()
         self._known: dict[tuple, tuple[int, int] | str] = {}
 
-    def look(self, rows: np.ndarray) -> tuple[Sizes, np.ndarray, dict[int, str]]:
-        """Sizes of some rows, which of them pass the filter, and place -> reason where one cannot be trained on."""
+    def look(self, rows: np.ndarray) -> tuple[Sizes, np.ndarray, dict[int, str], np.ndarray | None]:
+        """What is known of some rows: the fields of ``corpus.Looked``."""
         order = np.argsort(rows, kind="stable")
         numbers, starts = np.unique(rows[order] // BLOCK_ROWS, return_index=True)
         bounds = [*starts.tolist(), len(rows)]
@@ -111,7 +118,8 @@ class BlockStore:
                     errors |= {i: reasons[row] for i, row in zip(mine, inside, strict=True) if row in reasons}
         tokens, patches = found["tokens"].astype(np.int64), found["patches"].astype(np.int64)
         sizes = Sizes(tokens, tokens**2, patches, found["patches_squared"].astype(np.int64))
-        return sizes, found["keep"], errors
+        fits = None if self._measuring.fitting is None else np.stack([found["answers"], found["media_tokens"]], axis=1)
+        return sizes, found["keep"], errors, fits
 
     def _load(self, numbers: list[int]) -> dict[int, Block]:
         """Blocks by number; the ones that are not at hand are read, each shard of theirs once."""
@@ -182,7 +190,8 @@ class BlockStore:
 
     def _table(self, shard: str, start: int, stop: int) -> pa.Table:
         columns = INDEX_COLUMNS if self._measuring.filter else ("text_tokens", "media", "error")
-        return read_rows(shard, columns, start, stop, self._measuring.storage)
+        more = ("cuts",) if self._measuring.fitting else ()
+        return read_rows(shard, (*columns, *more), start, stop, self._measuring.storage)
 
     def _measure(self, table: pa.Table) -> Block:
         """Measured rows of an index."""
@@ -192,11 +201,30 @@ class BlockStore:
         rows = np.empty(len(table), dtype=ROW)
         rows["tokens"], rows["patches"] = sizes.tokens, sizes.patches
         rows["patches_squared"], rows["keep"] = sizes.patches_squared, True
+        rows["answers"] = rows["media_tokens"] = 0
         if self._measuring.filter:
             own = filter_columns(table, sizes.tokens, sizes.patches)
             rows["keep"] = self._measuring.filter.keep(own, len(rows))
             rows["keep"][list(errors)] = True  # what cannot be read has no sizes to judge: it goes to the ledger
+        self._fit(table, rows, errors)
         return Block(rows, errors)
+
+    def _fit(self, table: pa.Table, rows: np.ndarray, errors: dict[int, str]) -> None:
+        """Make rows over a budget fit, where the policy has a way; the others stay as they are."""
+        fitting = self._measuring.fitting
+        if fitting is None:
+            return
+        over = rows["keep"] & ~fitting.budget.fits(rows["tokens"], rows["patches"])
+        over[list(errors)] = False
+        places = np.flatnonzero(over)
+        for place, row in zip(places.tolist(), table.take(pa.array(places)).to_pylist(), strict=True):
+            media = [MediaInfo(**{**medium, "kind": MediaKind(medium["kind"])}) for medium in row["media"]]
+            text, cuts = row["text_tokens"], [(cut["text_tokens"], cut["media"]) for cut in row["cuts"]]
+            if (pair_tokens := self._measuring.pair_tokens) is not None:
+                text, cuts = pair_tokens, []
+            found = fit_sample(text, cuts[:MOST_ANSWERS], media, self._measuring.resolution, fitting)
+            if found is not None:
+                rows[place] = (found.patches_squared, found.tokens, found.patches, *found.fit[::-1], True)
 
 
 def _joined(blocks: Sequence[Block]) -> Block:

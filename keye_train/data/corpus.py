@@ -19,7 +19,8 @@ from keye_train.data.filters import Filter
 from keye_train.data.headers import kept_headers
 from keye_train.data.index import ShardHeader, find_shards, read_key, tokenizer_fingerprint
 from keye_train.data.measure import Sizes, measure
-from keye_train.sample import SampleRef
+from keye_train.data.overlong import Fitting
+from keye_train.sample import Fit, SampleRef
 from keye_train.settings import ResolutionSettings, SourceSettings, StorageSettings
 
 __all__ = ["Corpus", "Looked", "ShardSource", "Sizes", "Source", "measure"]
@@ -35,6 +36,7 @@ class Looked:
     sizes: Sizes  # [N]
     keep: np.ndarray  # [N] bool: passes the filter of the source
     errors: dict[int, str]  # place among the N -> why the sample cannot be trained on
+    fits: np.ndarray | None = None  # [N, 2] int64, what is taken of overlong ones, see ``sample.Fit``; None: no policy
 
 
 class Source:
@@ -42,6 +44,7 @@ class Source:
 
     max_epochs: int | None = None
     filter: str | None = None
+    fitting: Fitting | None = None
     storage: StorageSettings | None = None
     _excluded: Mapping[int, str] = MappingProxyType({})  # row -> reason
 
@@ -86,6 +89,11 @@ class Source:
         looked = self._measured(rows)
         return replace(looked, errors=looked.errors | _found(self._excluded, rows)) if self._excluded else looked
 
+    def fits(self, rows: np.ndarray) -> list[Fit]:
+        """What is taken of the samples at some rows."""
+        found = self.look(rows).fits
+        return [Fit()] * len(rows) if found is None else [Fit(*pair) for pair in found.tolist()]
+
     def exclude(self, reasons: Mapping[int, str]) -> None:
         """Give up the samples at some rows: row -> reason. They are still drawn, like those that cannot be read."""
         self._excluded = MappingProxyType({**self._excluded, **reasons})
@@ -119,6 +127,7 @@ class ShardSource(Source):
         self.name, self.headers, self.max_epochs = name, tuple(headers), max_epochs
         self.first_rows = np.cumsum([0] + [header.rows for header in headers])
         self.filter, self.storage = measuring.filter.text if measuring.filter else None, measuring.storage
+        self.fitting = measuring.fitting
         self._store = BlockStore(self.shards, self.first_rows, measuring)
 
     def _measured(self, rows: np.ndarray) -> Looked:
@@ -151,6 +160,7 @@ class Corpus:
         storage: StorageSettings | None = None,
         cache: str | Path | None = None,
         group_blocks: int = 0,
+        fittings: Mapping[str, Fitting | None] = MappingProxyType({}),
     ) -> Corpus:
         """Open the index of every shard.
 
@@ -163,6 +173,7 @@ class Corpus:
             storage: ``data.storage``.
             cache: folder that keeps headers and measured sizes; see ``data.plan_cache``.
             group_blocks: blocks that windows come from, see ``columns``.
+            fittings: source -> what becomes of its samples over a budget, see ``overlong``.
 
         Raises:
             ValueError: a shard is missing, its index is missing, stale or foreign, or a filter cannot be read.
@@ -174,16 +185,19 @@ class Corpus:
             own = Filter(settings.filter, f"data.sources.{name}.filter") if settings.filter else None
             headers = kept_headers(find_shards(settings.shards, storage), tokenizer, fingerprint, storage, folder)
             rows_from = {header.shard: header.rows_from for header in headers}
-            measuring = Measuring(resolution, pair_tokens, own, folder, rows_from, storage, group_blocks)
+            fitting = fittings.get(name)
+            measuring = Measuring(resolution, pair_tokens, own, folder, rows_from, storage, fitting, group_blocks)
             opened[name] = ShardSource(name, headers, measuring, settings.max_epochs)
         return cls(opened, resolution)
 
     def fingerprint(self) -> str:
-        """sha256 over sources, filters, shard checksums, resolution and quarantine; the same for the same data
-        elsewhere."""
+        """sha256 over sources, filters, policies, shard checksums, resolution and quarantine; the same for the same
+        data elsewhere."""
         digest = hashlib.sha256(repr(sorted(asdict(self.resolution).items())).encode())
         for name, source in self.sources.items():
             digest.update(repr((name, source.filter, source.max_epochs)).encode())
+            if source.fitting is not None:
+                digest.update(repr(source.fitting).encode())
             for header in source.headers:
                 digest.update(repr((header.rows, header.shard_bytes, *header.rows_from)).encode())
         if self.quarantine is not None:

@@ -36,7 +36,7 @@ from keye_train.data.layouts import (
     placed_images,
     resolve_media,
 )
-from keye_train.model.chat import MediaSlot, parse_turns
+from keye_train.model.chat import Turn, parse_turns, slots_of
 from keye_train.sample import MediaKind, Sample, SampleError, SampleRef
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
@@ -75,7 +75,12 @@ def media_kind(member: str) -> MediaKind | None:
 
 
 def parse_sample(ref: SampleRef, members: Mapping[str, bytes]) -> Sample:
-    """Read a sample in any of the accepted layouts.
+    """Read a sample in any of the accepted layouts; arguments and errors as for ``parse_with_turns``."""
+    return parse_with_turns(ref, members)[0]
+
+
+def parse_with_turns(ref: SampleRef, members: Mapping[str, bytes]) -> tuple[Sample, list[Turn]]:
+    """Read a sample in any of the accepted layouts, and its conversation as turns.
 
     Args:
         ref: where the sample stands.
@@ -90,11 +95,12 @@ def parse_sample(ref: SampleRef, members: Mapping[str, bytes]) -> Sample:
     described = _parse_json(members["json"]) if "json" in members else {}
     media = {name: data for name, data in members.items() if media_kind(name)}
     messages, default_task = _conversation(described, members, list(media))
-    names = _check_messages(messages, media)
+    turns = _check_messages(messages, media)
+    names = [slot.name for slot in slots_of(turns)]
     task = described.pop("task", default_task)
     if not isinstance(task, str):
         raise SampleError(f"'task' is {type(task).__name__}, expected a string")
-    return Sample(ref, messages, {name: media[name] for name in names}, task, described)
+    return Sample(ref, messages, {name: media[name] for name in names}, task, described), turns
 
 
 def _parse_json(data: bytes) -> dict[str, Any]:
@@ -177,8 +183,8 @@ def _plain_messages(
     return [{"role": "user", "content": parts}, answer], "caption"
 
 
-def _check_messages(messages: Any, media: Mapping[str, bytes]) -> list[str]:
-    """Names of the media that a conversation mentions, in order.
+def _check_messages(messages: Any, media: Mapping[str, bytes]) -> list[Turn]:
+    """Turns of a conversation.
 
     Raises:
         SampleError: it is not in the chat format, names media that are not there, or has nothing to learn.
@@ -188,8 +194,7 @@ def _check_messages(messages: Any, media: Mapping[str, bytes]) -> list[str]:
     turns = parse_turns(messages)
     if not any(turn.role == "assistant" for turn in turns):
         raise SampleError("no assistant turn: nothing to learn from")
-    slots = [part for turn in turns for part in turn.content if isinstance(part, MediaSlot)]
-    for slot in slots:
+    for slot in slots_of(turns):
         if slot.name not in media or media_kind(slot.name) != slot.kind:
             raise SampleError(f"messages name the {slot.kind.value} {slot.name!r}; the sample's media: {sorted(media)}")
-    return [slot.name for slot in slots]
+    return turns

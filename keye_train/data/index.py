@@ -22,11 +22,11 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from keye_train.data.energon import LayoutFinder
-from keye_train.data.formats import parse_sample
+from keye_train.data.formats import parse_with_turns
 from keye_train.data.paths import OFFSET_BYTES, find_shards, index_file, index_path, offsets_file
 from keye_train.data.storage import Storage, StorageError, is_url
 from keye_train.data.tar import RawSample, walk_shard
-from keye_train.model.chat import media_slots, text_token_counts
+from keye_train.model.chat import TextSize, Turn, slots_of, text_sizes
 from keye_train.model.images import probe_image
 from keye_train.model.video import probe_video
 from keye_train.sample import MediaInfo, MediaKind, Sample, SampleError, SampleRef
@@ -54,7 +54,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-INDEX_VERSION = "2"
+INDEX_VERSION = "3"
 """Goes up whenever the same shard would give other rows: a new layout, or another count of text tokens."""
 
 BATCH_SAMPLES, BATCH_BYTES = 512, 2**27
@@ -83,6 +83,8 @@ SCHEMA = pa.schema(
                 )
             ),
         ),
+        # Where the conversation can be cut: up to the end of each answer, but not of one that ends it all
+        ("cuts", pa.list_(pa.struct([("text_tokens", pa.int32()), ("media", pa.int32())]))),
         ("task", pa.string()),
         ("error", pa.string()),  # why the sample cannot be read; null where it can
     ]
@@ -177,16 +179,17 @@ def _index_columns(raws: Iterable[RawSample], tokenizer: PreTrainedTokenizerBase
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     for batch in _batches(raws):
         described = [_describe(raw, shard) for raw in batch]
-        readable = [sample.messages for sample, _, _ in described if sample is not None]
-        counts = iter(text_token_counts(tokenizer, readable))
-        for raw, (sample, media, error) in zip(batch, described, strict=True):
+        sizes = iter(text_sizes(tokenizer, [found.turns for found in described if found.error is None]))
+        for raw, found in zip(batch, described, strict=True):
+            size = next(sizes) if found.error is None else TextSize(0, ())
             columns["key"].append(raw.key)
             columns["offset"].append(raw.offset)
             columns["size"].append(raw.size)
-            columns["text_tokens"].append(0 if sample is None else next(counts))
-            columns["media"].append(media)
-            columns["task"].append("" if sample is None else sample.task)
-            columns["error"].append(error)
+            columns["text_tokens"].append(size.tokens)
+            columns["media"].append(found.media)
+            columns["cuts"].append([{"text_tokens": tokens, "media": media} for tokens, media in size.cuts])
+            columns["task"].append(found.task)
+            columns["error"].append(found.error)
     return columns
 
 
@@ -203,25 +206,35 @@ def _batches(raws: Iterable[RawSample]) -> Iterator[list[RawSample]]:
     yield batch
 
 
-def _describe(raw: RawSample, shard: str) -> tuple[Sample | None, list[dict[str, Any]], str | None]:
-    """The sample, the sizes of its media, and why it cannot be read."""
-    if raw.error is not None:
-        return None, [], raw.error
+@dataclass(frozen=True)
+class _Described:
+    """What is known of a sample before its text is counted."""
+
+    turns: list[Turn]
+    media: list[dict[str, Any]]
+    task: str
+    error: str | None  # why it cannot be read
+
+
+def _describe(raw: RawSample, shard: str) -> _Described:
     try:
-        sample = parse_sample(SampleRef("", shard, raw.key), raw.members)
-        return sample, [vars(info) | {"kind": info.kind.value} for info in probe_media(sample)], None
+        if raw.error is not None:
+            raise SampleError(raw.error)
+        sample, turns = parse_with_turns(SampleRef("", shard, raw.key), raw.members)
+        media = [vars(info) | {"kind": info.kind.value} for info in probe_media(sample, turns)]
+        return _Described(turns, media, sample.task, None)
     except SampleError as error:
-        return None, [], str(error)
+        return _Described([], [], "", str(error))
 
 
-def probe_media(sample: Sample) -> list[MediaInfo]:
+def probe_media(sample: Sample, turns: Sequence[Turn]) -> list[MediaInfo]:
     """Sizes of the media in the order in which the conversation mentions them, from their headers.
 
     Raises:
         SampleError: a header cannot be read.
     """
     infos = []
-    for slot in media_slots(sample.messages):
+    for slot in slots_of(turns):
         probe = probe_image if slot.kind == MediaKind.image else probe_video
         try:
             infos.append(probe(sample.media[slot.name]))

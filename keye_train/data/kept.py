@@ -14,9 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-ROW = np.dtype([("patches_squared", "<i8"), ("tokens", "<i4"), ("patches", "<i4"), ("keep", "?")])
+ROW = np.dtype(
+    [
+        ("patches_squared", "<i8"),
+        ("tokens", "<i4"),
+        ("patches", "<i4"),
+        ("media_tokens", "<i4"),  # see ``sample.Fit``
+        ("answers", "<u2"),
+        ("keep", "?"),
+    ]
+)
 
-MAGIC = b"keyesz02"
+MAGIC = b"keyesz03"
 HEAD = struct.Struct("<8sqq")
 
 

@@ -82,7 +82,7 @@ class Ledger:
             self._file.write(_line(row))
         self._file.flush()
 
-    def finish(self, step: int, samples: int, digest: int, applied: bool) -> None:
+    def finish(self, step: int, samples: int, digest: int, applied: bool, changed: int = 0) -> None:
         """Write down that a step was done.
 
         Args:
@@ -90,9 +90,10 @@ class Ledger:
             samples: that were read, over all ranks.
             digest: of those, see ``data.digest``.
             applied: False where the update was refused as not finite.
+            changed: of the samples, those that ``data.overlong`` made fit.
         """
         if self._steps is not None:
-            row = {"step": step, "samples": samples, "digest": digest, "applied": applied}
+            row = {"step": step, "samples": samples, "digest": digest, "applied": applied, "changed": changed}
             self._steps.write(_line(row))
             self._steps.flush()
 

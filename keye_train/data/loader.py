@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from keye_train.data.collate import LoadedPack, collate_pairs, collate_samples
 from keye_train.data.digest import digest_samples
 from keye_train.data.formats import parse_sample
@@ -22,8 +24,8 @@ from keye_train.data.limits import DecodeLimits
 from keye_train.data.plan import Dropped, Pack, Plan, PlanState, assign
 from keye_train.data.pool import ReaderPool
 from keye_train.data.reader import ShardReader
-from keye_train.model.sample_encoder import EncodedPair, EncodedSample, SampleEncoder
-from keye_train.sample import SampleError, SampleRef
+from keye_train.model.sample_encoder import WHOLE, EncodedPair, EncodedSample, SampleEncoder
+from keye_train.sample import Fit, SampleError, SampleRef
 from keye_train.settings import Objective, StorageSettings, TrainSettings
 
 
@@ -47,15 +49,22 @@ class ReadTask:
     source_row: int  # of the source: all its shards one after another
     tokens: int  # as planned
     patches: int
+    fit: Fit = WHOLE  # what is taken of it
 
 
 def read_tasks(plan: Plan, pack: Pack) -> tuple[ReadTask, ...]:
     """What a reader is asked for a pack."""
+    fits = {}
+    for number in {sample.source for sample in pack.samples}:
+        if plan.source(number).fitting is not None:
+            rows = [sample.row for sample in pack.samples if sample.source == number]
+            fits[number] = dict(zip(rows, plan.source(number).fits(np.array(rows)), strict=True))
     tasks = []
     for sample in pack.samples:
         source = plan.source(sample.source)
         place = source.locate(sample.row)
-        tasks.append(ReadTask(source.name, *place, sample.row, sample.tokens, sample.patches))
+        fit = fits[sample.source][sample.row] if sample.source in fits else WHOLE
+        tasks.append(ReadTask(source.name, *place, sample.row, sample.tokens, sample.patches, fit))
     return tuple(tasks)
 
 
@@ -63,7 +72,7 @@ Watch = Callable[[int], AbstractContextManager[None]]
 """``with watch(number):`` around the work on the sample ``number`` of a pack."""
 
 
-def _unwatched(_: int) -> AbstractContextManager[None]:
+def unwatched(_: int) -> AbstractContextManager[None]:
     """In the training process itself nothing can be limited: it would be the one to die."""
     return nullcontext()
 
@@ -87,7 +96,7 @@ class PackReader:
         self._shards = ShardReader(storage)
 
     def __call__(
-        self, tasks: tuple[ReadTask, ...], given_up: Mapping[int, str] | None = None, watch: Watch = _unwatched
+        self, tasks: tuple[ReadTask, ...], given_up: Mapping[int, str] | None = None, watch: Watch = unwatched
     ) -> LoadedPack:
         """Read the samples of a pack; those that cannot be read are named in ``skipped``.
 
@@ -124,6 +133,7 @@ class PackReader:
             patches=sum(len(sample.pixel_patches) for sample in read),
             fill=sum(task.tokens for task in tasks) / self.max_tokens,
             digest=digest_samples((task.source, task.source_row) for task in whole),
+            changed=sum(task.fit != WHOLE for task in whole),
         )
 
     def _encode(
@@ -136,17 +146,17 @@ class PackReader:
         with watch(number):
             sample = parse_sample(SampleRef(task.source, task.shard, key), members)
             if self.objective == Objective.contrastive:
-                encoded = self.processor.encode_pair(sample)
+                encoded = self.processor.encode_pair(sample, task.fit)
                 tokens = task.tokens
             else:
-                encoded = self.processor.encode(sample)
+                encoded = self.processor.encode(sample, task.fit)
                 tokens = len(encoded.input_ids)
         if (tokens, len(encoded.pixel_patches)) != (task.tokens, task.patches):
             folder = shlex.quote(self.processor.model.tokenizer)
             raise ValueError(
                 f"sample {key} of the shard {task.shard} has {tokens} tokens and {len(encoded.pixel_patches)} patches, "
-                f"its index says {task.tokens} and {task.patches}: the shard was changed after it was indexed; run: "
-                f"keye-data index {shlex.quote(task.shard)} --force --tokenizer {folder}"
+                f"its index says {task.tokens} and {task.patches} ({task.fit}): the shard was changed after it was "
+                f"indexed; run: keye-data index {shlex.quote(task.shard)} --force --tokenizer {folder}"
             )
         return encoded
 

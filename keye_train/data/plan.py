@@ -19,6 +19,7 @@ from keye_train.data.corpus import SCAN_ROWS, Corpus, Source
 from keye_train.data.cost import PackCost
 from keye_train.data.draw import Draw, DrawRules
 from keye_train.data.mixture import Mixture
+from keye_train.data.overlong import Fitting
 from keye_train.data.packing import Budget
 from keye_train.data.planned import Dropped, GlobalBatch, Pack, PlannedSample, PlanState, assign, seed_of
 from keye_train.data.quarantine import exclude
@@ -120,20 +121,22 @@ class Plan:
         weights = {name: weight for name, weight in data.mixtures[stage.mixture].items() if weight > 0}
         capacity = stage.steps * stage.global_batch_packs * stage.max_tokens
         rules = DrawRules.from_settings(data, stage.mixture, capacity)
+        budget, names = Budget(stage.max_tokens, stage.max_patches), rules.weights(weights).sources
         corpus = Corpus.open(
-            {name: data.sources[name] for name in rules.weights(weights).sources},
+            {name: data.sources[name] for name in names},
             settings.model.tokenizer,
             data.resolution,
             settings.model.text_tower.max_tokens if stage.objective == Objective.contrastive else None,
             data.storage,
             data.plan_cache,
             data.shuffle_group_blocks * -(-data.shuffle_block_rows // BLOCK_ROWS),
+            {name: Fitting.from_settings(data, name, budget) for name in names},
         )
         exclude(corpus, data.quarantine)
         return cls(
             corpus,
             weights,
-            Budget(stage.max_tokens, stage.max_patches),
+            budget,
             stage.global_batch_packs,
             data.window_samples,
             settings.seed,
@@ -202,9 +205,10 @@ class Plan:
         if state.plan != self.fingerprint:
             raise ValueError(
                 "the checkpoint's data position belongs to another plan: the data, their filters, epochs, mixture or "
-                "curriculum, data.window_samples, data.resolution, data.balance_packs, data.shuffle_block_rows, "
-                "data.shuffle_group_blocks, stage.max_tokens, stage.max_patches, stage.global_batch_packs, "
-                "stage.trainable, the model or seed has changed. Restore them, or start a new run in another run_dir"
+                "curriculum, data.window_samples, data.resolution, data.overlong, data.downscale_least, "
+                "data.balance_packs, data.shuffle_block_rows, data.shuffle_group_blocks, stage.max_tokens, "
+                "stage.max_patches, stage.global_batch_packs, stage.trainable, the model or seed has changed. Restore "
+                "them, or start a new run in another run_dir"
             )
         dropped: tuple[Dropped, ...] = ()
         none = (0,) * len(self.sources)
@@ -296,5 +300,5 @@ def _check_source(corpus: Corpus, name: str, budget: Budget) -> None:
         f"data.sources.{name}: none of its {len(source)} samples can be used ({unreadable} are unreadable, {filtered} "
         f"are kept out by its filter, the others exceed stage.max_tokens={budget.max_tokens} or "
         f"stage.max_patches={budget.max_patches}); see `keye-data stats`, and raise the budgets, lower "
-        "data.resolution, loosen the filter or take the source out of the mixture"
+        "data.resolution, set data.overlong, loosen the filter or take the source out of the mixture"
     )

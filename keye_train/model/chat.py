@@ -71,6 +71,14 @@ class EncodedChat:
     labels: Tensor  # [L] int64, not shifted; IGNORE_INDEX except on the text of assistant turns and their <|im_end|>
 
 
+@dataclass(frozen=True)
+class TextSize:
+    """Language tokens of a conversation without the pads of its media."""
+
+    tokens: int
+    cuts: tuple[tuple[int, int], ...]  # tokens and media up to the end of each answer, but not of one that ends it all
+
+
 def parse_turns(messages: Sequence[Message]) -> list[Turn]:
     """Check a conversation and put the default system turn first where it has none.
 
@@ -96,7 +104,12 @@ def media_slots(messages: Sequence[Message]) -> list[MediaSlot]:
     Raises:
         SampleError: see ``parse_turns``.
     """
-    return [part for turn in parse_turns(messages) for part in turn.content if isinstance(part, MediaSlot)]
+    return slots_of(parse_turns(messages))
+
+
+def slots_of(turns: Sequence[Turn]) -> list[MediaSlot]:
+    """Images and videos of turns in order of appearance."""
+    return [part for turn in turns for part in turn.content if isinstance(part, MediaSlot)]
 
 
 def last_answer(messages: Sequence[Message]) -> str:
@@ -112,6 +125,16 @@ def last_answer(messages: Sequence[Message]) -> str:
                 return text
             break
     raise SampleError("conversation without an answer: its last assistant turn is missing or empty")
+
+
+def first_answers(messages: Sequence[Message], answers: int) -> list[Message]:
+    """The messages up to and with so many assistant turns; 0: all of them."""
+    found = 0
+    for number, message in enumerate(messages, 1):
+        found += message.get("role") == "assistant"
+        if answers and found == answers:
+            return list(messages[:number])
+    return list(messages)
 
 
 def chat_text(messages: Sequence[Message], generation_prompt: bool = False) -> str:
@@ -181,31 +204,41 @@ def text_token_count(
     return len(encode_conversation(tokenizer, messages, [0] * len(media_slots(messages)), generation_prompt).input_ids)
 
 
-def text_token_counts(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]]) -> list[int]:
+def text_sizes(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Turn]]) -> list[TextSize]:
     """``text_token_count`` of many conversations, several times as fast: equal texts are counted once, all at a time.
 
-    Raises:
-        SampleError: see ``parse_turns``.
+    Args:
+        tokenizer: a fast tokenizer with the special tokens of Keye.
+        conversations: each as ``parse_turns`` gives it.
     """
     encoder = _encoder(tokenizer)
     places: dict[str, int] = {}  # text -> its place among the different ones
-    counts = [0] * len(conversations)
-    owners: list[int] = []
-    texts: list[int] = []
-    for number, messages in enumerate(conversations):
-        for turn in parse_turns(messages):
+    frames = 2 + len(encoder.newline)  # the tokens that open and close a turn
+    plans: list[list[tuple[int, int, list[int]]]] = []  # of each turn: other tokens, media, places of its texts
+    for turns in conversations:
+        plan = []
+        for turn in turns:
             header, content = _header(turn)
-            counts[number] += 2 + len(encoder.newline)  # the tokens that open and close the turn
-            for part in (header, *content):
+            texts, media = [places.setdefault(header, len(places))], 0
+            for part in content:
                 if isinstance(part, str):
-                    owners.append(number)
                     texts.append(places.setdefault(part, len(places)))
                 else:
-                    counts[number] += 2  # those around the pads
+                    media += 1
+            plan.append((frames + 2 * media, media, texts))  # two around the pads of each
+        plans.append(plan)
     lengths = [len(encoding.ids) for encoding in encoder.core.encode_batch_fast([*places], add_special_tokens=False)]
-    for owner, place in zip(owners, texts, strict=True):
-        counts[owner] += lengths[place]
-    return counts
+    return [_text_size(turns, plan, lengths) for turns, plan in zip(conversations, plans, strict=True)]
+
+
+def _text_size(turns: Sequence[Turn], plan: list[tuple[int, int, list[int]]], lengths: list[int]) -> TextSize:
+    tokens, slots, cuts = 0, 0, []
+    for turn, (other, media, texts) in zip(turns, plan, strict=True):
+        tokens += other + sum(lengths[place] for place in texts)
+        slots += media
+        if turn.role == "assistant":
+            cuts.append((tokens, slots))
+    return TextSize(tokens, tuple(cuts[:-1] if turns[-1].role == "assistant" else cuts))
 
 
 def _parse_content(content: Any) -> list[str | MediaSlot]:

@@ -125,6 +125,18 @@ class MediaRequest:
         return [self.first_frame + index for index in video_frame_indices(self.info, self.resolution)]
 
 
+def token_limit(kind: MediaKind, tokens: int, resolution: ResolutionSettings) -> MediaOptions:
+    """Options of an image or video that takes at most ``tokens`` language tokens, and no more than its recipe allows.
+
+    A video gets smaller frames first, and fewer of them where they are as small as the recipe allows. 0: no limit.
+    """
+    if not tokens:
+        return MediaOptions()
+    if kind == MediaKind.video:
+        return MediaOptions(total_pixels=min(tokens, resolution.video_max_tokens) * PIXELS_PER_TOKEN)
+    return MediaOptions(max_pixels=min(tokens, resolution.image_max_tokens) * PIXELS_PER_TOKEN)
+
+
 # Limits of a video as processor_config.json names them -> field of ResolutionSettings, and pixels in its unit
 _VIDEO_LIMITS = {
     "min_pixels": ("video_frame_min_tokens", PIXELS_PER_TOKEN),

@@ -18,19 +18,23 @@ from keye_train.model.chat import (
     MediaSlot,
     Message,
     encode_conversation,
+    first_answers,
     last_answer,
     media_slots,
     parse_turns,
 )
 from keye_train.model.configuration import SPECIAL_TOKENS
 from keye_train.model.images import decode_image
-from keye_train.model.media_options import MediaOptions
+from keye_train.model.media_options import token_limit
 from keye_train.model.messages import Medium
 from keye_train.model.packed import IGNORE_INDEX
 from keye_train.model.positions import PATCH_SIZE, Grid, grid_tokens, sample_positions
 from keye_train.model.video_torchcodec import checked_backend
-from keye_train.sample import MediaKind, Sample, SampleError, SampleRef
+from keye_train.sample import Fit, MediaKind, Sample, SampleError, SampleRef
 from keye_train.settings import ModelSettings, ResolutionSettings, SettingsError, VideoBackend
+
+WHOLE = Fit()
+"""Nothing is left out."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +112,18 @@ class SampleEncoder:
         _check_vocabulary(tokenizer, self.model.text_tower.vocab_size, "model.text_tower.vocab_size")
         return tokenizer
 
-    def encode(self, sample: Sample) -> EncodedSample:
+    def encode(self, sample: Sample, fit: Fit = WHOLE) -> EncodedSample:
         """Tensors of a sample for the language objective.
+
+        Args:
+            sample: in any state.
+            fit: what is taken of it.
 
         Raises:
             SampleError: whatever is wrong with the sample, and samples that teach nothing (no assistant turn).
         """
-        encoded = self._encode(sample, sample.messages, generation_prompt=False)
+        messages = first_answers(sample.messages, fit.answers)
+        encoded = self._encode(sample, messages, generation_prompt=False, media_tokens=fit.media_tokens)
         if not bool((encoded.labels != IGNORE_INDEX).any()):
             raise SampleError("conversation without an assistant turn")
         return encoded
@@ -132,8 +141,12 @@ class SampleEncoder:
         encoded.labels.fill_(IGNORE_INDEX)
         return encoded
 
-    def encode_pair(self, sample: Sample) -> EncodedPair:
+    def encode_pair(self, sample: Sample, fit: Fit = WHOLE) -> EncodedPair:
         """The only image of a sample and its caption, which is the text of the last assistant turn.
+
+        Args:
+            sample: in any state.
+            fit: what its image may take; the text is cut to the length of the text tower in any case.
 
         Raises:
             SampleError: broken, no caption, or not exactly one image.
@@ -142,7 +155,8 @@ class SampleEncoder:
         media = _media_of(sample, media_slots(sample.messages))
         if [kind for kind, _ in media] != [MediaKind.image]:
             raise SampleError(f"a caption pair needs exactly one image and nothing else, this has {len(media)} media")
-        patches, grid = decode_image(media[0][1], self.resolution, scaled_jpeg=self.scaled_jpeg)
+        options = token_limit(MediaKind.image, fit.media_tokens, self.resolution)
+        patches, grid = decode_image(media[0][1], self.resolution, options, self.scaled_jpeg)
         text_ids = self.text_ids([caption])[0]
         return EncodedPair(
             sample.ref,
@@ -169,12 +183,14 @@ class SampleEncoder:
         )
         return torch.tensor(encoded["input_ids"])
 
-    def _encode(self, sample: Sample, messages: list[Message], generation_prompt: bool) -> EncodedSample:
+    def _encode(
+        self, sample: Sample, messages: list[Message], generation_prompt: bool, media_tokens: int = 0
+    ) -> EncodedSample:
         patches: list[np.ndarray] = []
         grids: list[Grid] = []
         seconds: list[float] = []
         for kind, data in _media_of(sample, media_slots(messages)):
-            medium = Medium(kind, data, MediaOptions())
+            medium = Medium(kind, data, token_limit(kind, media_tokens, self.resolution))
             pixels = medium.pixels(self.resolution, backend=self.video_backend, scaled_jpeg=self.scaled_jpeg)
             patches.append(pixels.patches)
             grids.append(pixels.grid)

@@ -41,6 +41,16 @@ class ResolutionSettings:
     video_max_frames: int = 768
 
 
+class Overlong(str, Enum):
+    """What may be done to a sample that exceeds ``stage.max_tokens`` or ``stage.max_patches`` by itself."""
+
+    downscale = "downscale"
+    """Images get fewer pixels, videos fewer pixels a frame and then fewer frames, by the rules of ``resolution`` with a
+    lower limit; the largest first, down to ``downscale_least`` and to the smallest sizes that ``resolution`` names."""
+    truncate = "truncate"
+    """The conversation ends behind the last answer with which it fits; media of later turns go with them."""
+
+
 @dataclass
 class StorageSettings:
     """Where shards may come from, and how they are fetched. None of it changes what a step reads."""
@@ -78,6 +88,8 @@ class SourceSettings:
     filter: str | None = None
     """Which samples are drawn, e.g. ``text_tokens >= 8 and (images == 1 or duration < 60) and task != "chart"``.
     Columns and operators stand in ``keye_train.data.filters``. The others are passed over, as if not there."""
+    overlong: list[Overlong] | None = None
+    """What is done to samples of this source that are over a budget of a pack; null: as ``data.overlong`` says."""
     max_epochs: int | None = None
     """How often the rows are drawn at most; then the source leaves the mixture and the others go on by their weights.
     1: every row once. null: without end."""
@@ -154,6 +166,13 @@ class DataSettings:
     resolution: ResolutionSettings = field(default_factory=ResolutionSettings)
     storage: StorageSettings = field(default_factory=StorageSettings)
     video_backend: VideoBackend = VideoBackend.pyav
+    overlong: list[Overlong] = field(default_factory=list)
+    """What is done to samples over a budget of a pack, in the order in which it is tried: ``[downscale]``,
+    ``[truncate]``, ``[downscale, truncate]`` (keeps turns, reduces media), ``[truncate, downscale]`` (keeps media,
+    reduces them where not even the first answer fits). What still does not fit is skipped, with a line in the ledger,
+    and so is every such sample with ``[]``. The text of Stage 0 always fits, so its pairs can only be downscaled."""
+    downscale_least: float = 0.25
+    """Share of its tokens that every image and video keeps where ``overlong`` has downscale."""
     window_samples: int = 65536
     """Samples drawn, as metadata only, before they are packed together; a few more fill the last global batch."""
     balance_packs: int | None = None
@@ -222,6 +241,7 @@ def check_data(data: DataSettings) -> None:
             raise SettingsError(f"data.resolution.{low} must be above 0 and at most data.resolution.{high}")
     if resolution.video_fps <= 0:
         raise SettingsError("data.resolution.video_fps must be above 0")
+    _check_overlong(data)
     if data.balance_packs is not None and data.balance_packs < 1:
         raise SettingsError(f"data.balance_packs={data.balance_packs} must be at least 1, or null")
     if data.window_samples < 1 or data.prefetch_steps < 1 or data.workers < 0:
@@ -242,6 +262,15 @@ def check_data(data: DataSettings) -> None:
             raise SettingsError(f"data.storage.{name}={getattr(storage, name)} has to be a local folder")
 
 
+def _check_overlong(data: DataSettings) -> None:
+    lists = {f"data.sources.{name}.overlong": source.overlong for name, source in data.sources.items()}
+    for setting, ways in {"data.overlong": data.overlong, **lists}.items():
+        if ways is not None and len(set(ways)) != len(ways):
+            raise SettingsError(f"{setting}={[way.value for way in ways]} names one of them twice")
+    if not 0 < data.downscale_least <= 1:
+        raise SettingsError(f"data.downscale_least={data.downscale_least} is a share: above 0, at most 1")
+
+
 def _check_draw(data: DataSettings) -> None:
     for name, source in data.sources.items():
         if source.max_epochs is not None and source.max_epochs < 1:
@@ -250,9 +279,9 @@ def _check_draw(data: DataSettings) -> None:
     if data.heldout_pairs is not None:
         read_whole["data.heldout_pairs"] = data.heldout_pairs
     for setting, source in read_whole.items():
-        if source.filter is not None or source.max_epochs is not None:
+        if source.filter is not None or source.max_epochs is not None or source.overlong is not None:
             raise SettingsError(
-                f"{setting}: filter and max_epochs are for data.sources; held-out shards are read whole"
+                f"{setting}: filter, max_epochs and overlong are for data.sources; held-out shards are read whole"
             )
     for name, curriculum in data.curricula.items():
         setting = f"data.curricula.{name}"

@@ -27,6 +27,7 @@ class Counts:
     patches: int
     samples: int
     skipped: int  # samples that could not be read or did not fit
+    changed: int  # samples that data.overlong made fit, of those that were read
     digest: int  # of the samples that were read
     stop: int  # signal that asked some rank to stop; 0: none
     items_by_source: list[int]
@@ -65,7 +66,7 @@ class BatchCounter:
         by_source = torch.bincount(torch.cat([self.item_sources(pack) for pack in data.packs]), minlength=len(names))
         read = Counter(ref.source for pack in data.packs for ref in pack.refs)
         broken = Counter(ref.source for pack in data.packs for ref, _ in pack.skipped)
-        packs = [sum(getattr(pack, name) for pack in data.packs) for name in ("tokens", "patches", "digest")]
+        packs = [sum(getattr(pack, name) for pack in data.packs) for name in ("tokens", "patches", "digest", "changed")]
         weight = sum(total_weight(self.item_samples(pack), self.weighting) for pack in data.packs)
         flags = stop.as_flags()
         summed = world.sum_int(
@@ -78,7 +79,7 @@ class BatchCounter:
         )
         sums, stops = summed[: -len(flags)], summed[-len(flags) :]
         sources, reads, brokens = (sums[len(names) * part : len(names) * (part + 1)] for part in range(3))
-        tokens, patches, digest, dropped, marked, weight = sums[3 * len(names) :]
+        tokens, patches, digest, changed, dropped, marked, weight = sums[3 * len(names) :]
         after = data.plan_state_after
         skip_limit.observe(
             marked,
@@ -93,6 +94,7 @@ class BatchCounter:
             patches=patches,
             samples=sum(reads),
             skipped=sum(brokens) + dropped,
+            changed=changed,
             digest=digest,
             stop=StopRequest.from_flags(stops),
             items_by_source=sources,

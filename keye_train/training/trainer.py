@@ -155,7 +155,7 @@ class Trainer:
             ledger.record(data)
             counts = self.counter.count(data, self.world, self._stop_request, self.skip_limit)
             rates, outcome = self._step(data, counts)
-            ledger.finish(data.step, counts.samples, counts.digest, outcome.applied)
+            ledger.finish(data.step, counts.samples, counts.digest, outcome.applied, counts.changed)
             self.state = TrainState(
                 step=data.step + 1,
                 updates=self.engine.updates,
@@ -241,6 +241,7 @@ class Trainer:
             "step_s": step_s,
             "data_wait_s": data_wait_s,
             "skipped": counts.skipped,
+            "changed": counts.changed,
         }
         if self.stage.loss_weighting != LossWeighting.per_token:  # comparable between weightings
             row["token_loss"] = _finite(by_token / max(counts.items, 1))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 import time
 
-from keye_train.model.sample_encoder import EncodedSample, SampleEncoder
-from keye_train.sample import Sample
+from keye_train.model.sample_encoder import WHOLE, EncodedSample, SampleEncoder
+from keye_train.sample import Fit, Sample
 
 
 class NastyEncoder(SampleEncoder):
     """What a fault in a decoder's C code does to its process."""
 
-    def encode(self, sample: Sample) -> EncodedSample:
+    def encode(self, sample: Sample, fit: Fit = WHOLE) -> EncodedSample:
         text = sample.messages[-1]["content"]
         if text.startswith("SPIN"):
             while True:
@@ -27,4 +27,4 @@ class NastyEncoder(SampleEncoder):
             ctypes.string_at(0)
         if text.startswith("BUG"):
             raise KeyError("a fault of ours")
-        return super().encode(sample)
+        return super().encode(sample, fit)

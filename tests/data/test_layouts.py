@@ -17,7 +17,7 @@ from keye_train.data.corpus import Corpus
 from keye_train.data.formats import parse_sample
 from keye_train.data.index import build_index, find_shards, open_header, read_columns, tokenizer_fingerprint
 from keye_train.data.reader import ShardReader
-from keye_train.model.chat import encode_conversation, text_token_counts
+from keye_train.model.chat import encode_conversation, first_answers, media_slots, parse_turns, text_sizes
 from keye_train.sample import Sample, SampleError, SampleRef
 from keye_train.settings import SourceSettings
 
@@ -140,13 +140,16 @@ def test_what_a_layout_leaves_open_is_refused(sample_members: Members, message: 
 def test_text_counts_of_many_conversations_are_those_of_each(tokenizer: PreTrainedTokenizerFast) -> None:
     conversations = [parse_sample(REF, sample_members).messages for sample_members, _, _ in LAYOUTS.values()]
     conversations += [[{"role": "system", "content": "be brief"}, *conversations[0]], conversations[2]]
-    counts = text_token_counts(tokenizer, conversations)
-    for messages, count in zip(conversations, counts, strict=True):
-        media = [
-            part for m in messages if isinstance(m["content"], list) for part in m["content"] if "text" not in part
-        ]
-        assert len(encode_conversation(tokenizer, messages, [0] * len(media)).input_ids) == count
-    assert text_token_counts(tokenizer, []) == []
+    conversations += [[*conversations[2], *conversations[0], *conversations[2], {"role": "user", "content": "bye"}]]
+    sizes = text_sizes(tokenizer, [parse_turns(messages) for messages in conversations])
+    for messages, size in zip(conversations, sizes, strict=True):
+        answers = sum(message["role"] == "assistant" for message in messages)
+        assert len(size.cuts) == answers - (messages[-1]["role"] == "assistant")
+        for number, (tokens, media) in enumerate([(size.tokens, len(media_slots(messages))), *size.cuts]):
+            part = first_answers(messages, number)
+            assert len(media_slots(part)) == media
+            assert len(encode_conversation(tokenizer, part, [0] * media).input_ids) == tokens
+    assert text_sizes(tokenizer, []) == []
 
 
 def test_every_layout_passes_from_tar_to_plan(

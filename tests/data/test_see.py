@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from nasty_encoder import NastyEncoder
 from toy_shards import chat, clip, mixed_samples, picture, toy_settings
 
 from data_tools.cli import main
@@ -18,6 +20,7 @@ from data_tools.plan_cmd import PlanOptions, describe
 from data_tools.samples import Album, frames_of
 from data_tools.simulation import Distribution, simulate
 from data_tools.view_cmd import ViewOptions, first_planned
+from data_tools.view_reader import GuardedReader
 from keye_train import compose
 from keye_train.data.cost import training_cost
 from keye_train.data.loader import Loader, ReadTask
@@ -188,7 +191,8 @@ def test_patches_become_the_picture_that_they_were_cut_from() -> None:
 
 
 def album_of(settings: TrainSettings, max_bytes: int = 10**6) -> Album:
-    return Album(settings, SampleEncoder.from_settings(settings.model, settings.data.resolution), max_bytes)
+    encoder = SampleEncoder.from_settings(settings.model, settings.data.resolution)
+    return Album(settings, encoder, GuardedReader(settings, encoder), max_bytes)
 
 
 def test_a_card_shows_the_tokens_that_are_learnt_and_the_true_times(
@@ -249,6 +253,34 @@ def test_skipped_samples_show_their_reason(recipes: Path, tmp_path: Path) -> Non
     cut_off = tmp_path / "cut.html"
     assert keye_data("view", "--recipes", recipes, f"out={cut_off}", "keys=['000000003']") == 0
     assert "broken image" in Page(cut_off).text  # only reading shows this one
+
+
+def test_samples_made_to_fit_say_how(recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "changed.html"
+    words = ("stage.max_patches=40", "data.overlong=[downscale]", "data.downscale_least=0.1")
+    assert keye_data("view", "--recipes", recipes, f"out={page}", "changed=true", "per_source=2", *words) == 0
+    seen = Page(page)
+    seen.assert_harmless()
+    assert seen.text.count("made to fit: each image and video takes at most") == 6
+    capsys.readouterr()
+    assert keye_data("plan", "--recipes", recipes, "steps=6", *words, "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert all(source["downscaled"] > 0 and source["truncated"] == 0 for source in figures["sources"])
+    assert "over budget: stage.max_patches" not in {row["reason"] for row in figures["left_out"]}
+
+
+def test_a_sample_that_hangs_its_decoder_is_shown_with_that_reason(
+    toy: TrainSettings, tmp_path: Path, make_shard: MakeShard
+) -> None:
+    shard = make_shard(tmp_path / "nasty.tar", [{"txt": b"SPIN"}, {"txt": b"fine"}])
+    settings = replace(toy, data=replace(toy.data, workers=1, decode_seconds=1.0))
+    encoder = NastyEncoder.from_settings(toy.model, toy.data.resolution)
+    with GuardedReader(settings, encoder) as reader:
+        album = Album(settings, encoder, reader, 10**6)
+        spin, fine = (album.card(ReadTask("a", str(shard), row, row, 0, 0), 0) for row in range(2))
+    assert "data.decode_seconds=1 s of CPU time" in spin.problem
+    assert not fine.problem
+    assert (spin.key, fine.key) == ("000000000", "000000001")
 
 
 def test_the_page_is_bounded(recipes: Path, tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ from keye_train.training.trainer import train
 STAGE = "2_multitask"
 BROKEN = "000000005"  # its picture is cut off behind a sound header
 
+# Clips and large pictures have more patches than fit into a pack.
+FITTING = ("stage.max_patches=32", "data.overlong=[downscale]")
+
 
 def command(*arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
@@ -30,9 +33,9 @@ def command(*arguments: str) -> int:
 
 @pytest.fixture(scope="module")
 def resumed(toy_corpus: ToyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve steps; a crash after step 8 forgets those behind the checkpoint of step 5."""
+    """Twelve steps with samples made to fit; a crash after step 8 forgets those behind the checkpoint of step 5."""
     run_dir = tmp_path_factory.mktemp("ledger") / "run"
-    settings = toy_corpus.settings(STAGE, run_dir, "stage.steps=12", "checkpoint.every_steps=5")
+    settings = toy_corpus.settings(STAGE, run_dir, "stage.steps=12", "checkpoint.every_steps=5", *FITTING)
     real = trainer.Trainer._step
 
     def crash(self: trainer.Trainer, data, counts):
@@ -62,12 +65,15 @@ def test_everything_planned_is_accounted_for_also_after_a_resume(resumed: Path, 
     assert sum(one["trained"] + one["refused"] for one in sources) == sum(row["samples"] for row in metrics)
     assert sum(sum(one["skipped"].values()) for one in sources) == sum(row["skipped"] for row in metrics) > 0
     assert all(one["repeated"] == 0 for one in sources)
+    assert sum(one["changed"] for one in sources) == sum(row["changed"] for row in metrics) > 0
     for one in sources:
         assert one["planned"] == one["trained"] + one["refused"] + sum(one["skipped"].values())
         assert one["planned"] == pytest.approx(sum(one["coverage"]) * one["size"])
 
 
-@pytest.mark.parametrize("fault", ["a line of the ledger is lost", "a step is lost", "another sample was trained on"])
+@pytest.mark.parametrize(
+    "fault", ["a line of the ledger is lost", "a step is lost", "another sample was trained on", "a fit is lost"]
+)
 def test_what_is_neither_trained_nor_skipped_is_found(
     resumed: Path, tmp_path: Path, fault: str, capsys: pytest.CaptureFixture
 ) -> None:
@@ -75,7 +81,9 @@ def test_what_is_neither_trained_nor_skipped_is_found(
     shutil.copytree(resumed, run_dir, ignore=shutil.ignore_patterns("checkpoints", "export"))
     file = run_dir / (runs.LEDGER if "ledger" in fault else runs.TRAINED)
     rows = runs.read_jsonl(file)
-    if "another" in fault:
+    if "fit" in fault:
+        rows[3]["changed"] -= 1
+    elif "another" in fault:
         rows[3]["digest"] += 1
     else:
         del rows[min(4, len(rows) - 1)]
@@ -98,7 +106,7 @@ def test_quarantined_samples_are_left_out_and_can_be_read_apart(
     (original,) = (raw for raw in walk_shard(entry["shard"]) if raw.key == BROKEN)
     assert copy.members == original.members
     run_dir = tmp_path / "run"
-    settings = toy_corpus.settings(STAGE, run_dir, "stage.steps=12", f"data.quarantine=[{bad}]")
+    settings = toy_corpus.settings(STAGE, run_dir, "stage.steps=12", f"data.quarantine=[{bad}]", *FITTING)
     assert train(settings) == 0
     audit = audit_run(run_dir)
     assert audit.problems == []
@@ -106,7 +114,7 @@ def test_quarantined_samples_are_left_out_and_can_be_read_apart(
     assert reasons
     assert all(reason.startswith("quarantined (") for reason in reasons)
     with pytest.raises(SettingsError, match=r"data\.quarantine"):
-        train(toy_corpus.settings(STAGE, run_dir, "stage.steps=12"))
+        train(toy_corpus.settings(STAGE, run_dir, "stage.steps=12", *FITTING))
     with pytest.raises(ValueError, match="does not exist; write it with keye-data ledger"):
         train(toy_corpus.settings(STAGE, tmp_path / "other", "data.quarantine=[none.jsonl]"))
 
