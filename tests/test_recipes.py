@@ -6,10 +6,13 @@ import pytest
 
 from keye_train import compose
 from keye_train.settings import (
+    CurveSettings,
+    DiagnosisSettings,
     EvaluationSettings,
     MergeSettings,
     PipelineSettings,
     SettingsError,
+    SoupSettings,
     TrainSettings,
 )
 
@@ -73,6 +76,13 @@ def test_pipeline_recipes_compose_with_every_stage_they_name() -> None:
         settings = compose.load_settings(PipelineSettings, "pipeline", [f"pipeline={name}"])
         for run in settings.runs():
             assert stage_settings(settings, run).run_dir == f"{settings.out}/{run.name}"
+
+
+def test_recipes_about_averages_compose() -> None:
+    models = ["models=[runs/a,runs/b]", "out=o"]
+    assert compose.load_settings(DiagnosisSettings, "diagnose", [*models, "base=runs/p"]).base == "runs/p"
+    assert compose.load_settings(CurveSettings, "curve", [*models, "data=demo", "points=5"]).points == 5
+    assert compose.load_settings(SoupSettings, "search", [*models, "data=demo", "metric=score"]).budget == 40
 
 
 def test_evaluation_recipe_composes() -> None:

@@ -15,6 +15,8 @@ from keye_train.data.ledger import read_ledger
 RESULTS = Path("evaluation") / "results.json"
 PIPELINE = "pipeline.json"
 MERGE = "merge"
+SOUP = "soup"
+SOUP_PARTS = ("diagnosis", "curve", "soup")
 
 Row = dict[str, Any]
 
@@ -91,6 +93,7 @@ class RunRoot:
     pipeline: Mapping[str, Any] = field(default_factory=dict)  # pipeline.json
     results: Mapping[str, Any] = field(default_factory=dict)  # evaluation/results.json
     merge: Mapping[str, Any] = field(default_factory=dict)  # manifest of the merge
+    soup: Mapping[str, Any] = field(default_factory=dict)  # soup/: diagnosis, curve and soup, each where it is there
 
     @property
     def models(self) -> list[Mapping[str, Any]]:
@@ -130,6 +133,7 @@ def read_root(folder: Path) -> RunRoot:
         pipeline=pipeline,
         results=_json(folder / RESULTS),
         merge=_json(folder / MERGE / runs.MANIFEST),
+        soup={name: part for name in SOUP_PARTS if (part := _json(folder / SOUP / f"{name}.json"))},
     )
     if not root.stages and not root.results:
         raise FileNotFoundError(

@@ -15,6 +15,7 @@ from keye_train import runs
 from keye_train.report.charts import Estimate, Series, interval_chart, line_chart, percent, short, smooth
 from keye_train.report.collect import RunRoot, StageRun, clock, read_root
 from keye_train.report.gallery import build_gallery, final_model
+from keye_train.report.merge_page import PAGE, write_merge_page
 from keye_train.report.tables import (
     accuracy_table,
     answering,
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 def write_report(run_root: Path, out: Path) -> Path:
     """Write the page about a pipeline's folder or a single run; sections without data are left out.
+
+    Where the folder holds a diagnosis, a curve or a soup, merge.html beside ``out`` shows them.
 
     Args:
         run_root: folder of a pipeline (stage runs, merge/, evaluation/results.json, pipeline.json) or of one run.
@@ -49,6 +52,8 @@ def write_report(run_root: Path, out: Path) -> Path:
     style = environment.loader.get_source(environment, "style.css")[0]  # type: ignore[union-attr]
     page = environment.get_template("page.html").render(style=Markup(style), **_context(root))
     runs.write_text_atomic(Path(out), page)
+    if root.soup:
+        write_merge_page(Path(out).with_name(PAGE), f"{root.name}: the merge", **root.soup, back=Path(out).name)
     logger.info("report: %s, %.1f MB", out, Path(out).stat().st_size / 1e6)
     return Path(out)
 
@@ -71,6 +76,7 @@ def _context(root: RunRoot) -> dict[str, Any]:
         "retrieval": {"table": retrieval[0], "n": retrieval[1]} if retrieval else None,
         "zeroshot": {"table": zeroshot[0], "about": zeroshot[1]} if zeroshot else None,
         "merge": merge_section(root),
+        "merge_page": PAGE if root.soup else None,
         "stages": stages_table(root) if root.stages else None,
         "curves": [_curves(run, opened=position < 2) for position, run in enumerate(root.stages)],
         "gallery": gallery,

@@ -18,6 +18,7 @@ from keye_train.settings.basics import (
     ScheduleShape,
     SettingsError,
 )
+from keye_train.settings.branches import DrawnMixturesSettings
 from keye_train.settings.checkpoint import CheckpointSettings
 from keye_train.settings.cluster import ClusterSettings, ForecastSettings
 from keye_train.settings.data import (
@@ -53,6 +54,7 @@ from keye_train.settings.model import (
 from keye_train.settings.soups import (
     CurveSettings,
     DiagnosisSettings,
+    PipelineSoupSettings,
     ScoringSettings,
     SearchSettings,
     SoupMethod,
@@ -65,6 +67,7 @@ from keye_train.settings.tasks import (
     PipelineRun,
     PipelineSettings,
     PipelineStageSettings,
+    mixture_overrides,
 )
 from keye_train.settings.training import (
     DeepSpeedSettings,
@@ -89,6 +92,7 @@ __all__ = [
     "DataSettings",
     "DeepSpeedSettings",
     "DiagnosisSettings",
+    "DrawnMixturesSettings",
     "EvaluationSettings",
     "ForecastSettings",
     "GuardSettings",
@@ -107,6 +111,7 @@ __all__ = [
     "Overlong",
     "PipelineRun",
     "PipelineSettings",
+    "PipelineSoupSettings",
     "PipelineStageSettings",
     "Precision",
     "ResolutionSettings",
@@ -131,4 +136,5 @@ __all__ = [
     "VisionTowerSettings",
     "WatchdogSettings",
     "ZeroshotSettings",
+    "mixture_overrides",
 ]

@@ -89,7 +89,7 @@ class CurveSettings(ScoringSettings):
 
 
 @dataclass(kw_only=True)
-class SearchSettings(ScoringSettings):
+class SearchSettings:
     """How a soup is searched: shared by ``keye-merge search`` and the pipeline."""
 
     methods: list[SoupMethod] = field(default_factory=lambda: [SoupMethod.greedy, SoupMethod.weights])
@@ -110,7 +110,6 @@ class SearchSettings(ScoringSettings):
         Args:
             models: how many there are to mix.
         """
-        self.check_scoring()
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise SettingsError(f"methods={[m.value for m in self.methods]}: name greedy, weights or both, once each")
         if self.selection_per_task < 1:
@@ -125,7 +124,7 @@ class SearchSettings(ScoringSettings):
 
 
 @dataclass(kw_only=True)
-class SoupSettings(SearchSettings):
+class SoupSettings(SearchSettings, ScoringSettings):
     """One run of ``keye-merge search``."""
 
     models: list[str]
@@ -139,4 +138,30 @@ class SoupSettings(SearchSettings):
         check_data(self.data)
         if len(self.models) < 2:
             raise SettingsError(f"models={self.models}: name at least two models to mix")
+        self.check_scoring()
         self.check_search(len(self.models))
+
+
+@dataclass(kw_only=True)
+class PipelineSoupSettings(SearchSettings):
+    """What a pipeline does with its merged runs besides merging them. Samples, seed and answers are those of
+    ``evaluation``, so the soups are confirmed by the samples of the table."""
+
+    metric: SoupMetric = SoupMetric.loss
+    diagnose: bool = True
+    """Compare the runs, against their parent where they share one."""
+    curve_points: int = 11
+    """Places on the line between the first two runs; 0: no curve."""
+    bootstrap_draws: int = 2000
+
+    def check(self, models: int) -> None:
+        """Raise SettingsError for values that cannot work together.
+
+        Args:
+            models: how many runs are merged.
+        """
+        if models < 2:
+            raise SettingsError("soup needs runs to mix: name them in merged, or set soup=null")
+        if self.curve_points and self.curve_points < 3:
+            raise SettingsError(f"soup.curve_points={self.curve_points}: at least 3, or 0 for no curve")
+        self.check_search(models)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
 from keye_train.settings.basics import SettingsError
+from keye_train.settings.branches import DrawnMixturesSettings
 from keye_train.settings.data import DataSettings, check_data
+from keye_train.settings.soups import PipelineSoupSettings
 
 
 @dataclass
@@ -54,6 +57,12 @@ class EvaluationSettings(AnswerSettings):
                 raise SettingsError(f"{name} must be at least 1")
 
 
+def mixture_overrides(name: str, shares: Mapping[str, float]) -> tuple[str, str]:
+    """Overrides of ``keye-train`` that add a mixture to the data recipe and train on it."""
+    written = ",".join(f"{source}:{share!r}" for source, share in shares.items())
+    return f"+data.mixtures.{name}={{{written}}}", f"stage.mixture={name}"
+
+
 @dataclass
 class PipelineStageSettings:
     """One entry of the chain: one run, or one for each of its branches."""
@@ -65,6 +74,10 @@ class PipelineStageSettings:
     overrides: list[str] = field(default_factory=list)
     mixtures: list[str] = field(default_factory=list)
     """Branches: one run for each of these mixtures, all from the same parent, named NAME_MIXTURE."""
+    tables: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Further branches by mixtures given here: name -> source -> weight."""
+    drawn: DrawnMixturesSettings = field(default_factory=DrawnMixturesSettings)
+    """Further branches by mixtures drawn around one of the data recipe."""
     enabled: bool = True
 
 
@@ -76,6 +89,8 @@ class PipelineRun:
     stage: str
     parent: str | None
     overrides: tuple[str, ...]
+    entry: str = ""  # of ``PipelineSettings.stages``
+    drawn: int | None = None  # number of the mixture drawn for it
 
 
 @dataclass
@@ -96,11 +111,18 @@ class PipelineSettings:
     prepare: list[str] = field(default_factory=list)
     """Command that makes the data; it is called each time and returns at once when nothing is missing."""
     launcher: list[str] = field(default_factory=list)
-    """Words put before ``-m keye_train``, e.g. [torchrun, --nproc-per-node, "8"]; empty: one process."""
+    """Words put before ``-m keye_train``, e.g. [torchrun, --nproc-per-node, "8"]; empty: one process. ``{run}`` in a
+    word is the name of the run; a word ``{arguments}`` is replaced by the overrides alone, for launchers that name the
+    module themselves: [sbatch, --wait, "--job-name={run}", launch/slurm.sbatch, "{arguments}"]."""
+    parallel_branches: int = 1
+    """Branches of one entry that train at the same time, each behind a launcher of its own; their output goes to
+    OUT/logs/RUN.log. On one machine the launchers must share its devices; with srun or sbatch --wait each is a job."""
     overrides: list[str] = field(default_factory=list)
     """Overrides that every stage gets."""
     merge_overrides: list[str] = field(default_factory=list)
     """Overrides that the merge gets, e.g. ``weights=[0.5,0.3,0.2]`` with merge_recipe=weighted."""
+    soup: PipelineSoupSettings | None = None
+    """Diagnosis, interpolation curve and soup search of the merged runs; null: none of them."""
     evaluation: AnswerSettings = field(default_factory=AnswerSettings)
     """What the pipeline passes on to the evaluation."""
 
@@ -116,12 +138,15 @@ class PipelineSettings:
         entry = self.stages[name]
         if not entry.enabled:
             return []
-        if not entry.mixtures:
-            return [PipelineRun(name, entry.stage, entry.parent, tuple(entry.overrides))]
-        return [
-            PipelineRun(f"{name}_{mixture}", entry.stage, entry.parent, (*entry.overrides, f"stage.mixture={mixture}"))
-            for mixture in entry.mixtures
-        ]
+
+        def run(mixture: str, *more: str, drawn: int | None = None) -> PipelineRun:
+            overrides = (*entry.overrides, *more)
+            return PipelineRun(f"{name}_{mixture}", entry.stage, entry.parent, overrides, name, drawn)
+
+        found = [run(mixture, f"stage.mixture={mixture}") for mixture in entry.mixtures]
+        found += [run(mixture, *mixture_overrides(mixture, shares)) for mixture, shares in entry.tables.items()]
+        found += [run(f"drawn{number}", drawn=number) for number in range(1, entry.drawn.count + 1)]
+        return found or [PipelineRun(name, entry.stage, entry.parent, tuple(entry.overrides), name)]
 
     def check(self) -> None:
         """Raise SettingsError for values that cannot work together."""
@@ -130,6 +155,12 @@ class PipelineSettings:
                 raise SettingsError(f"merged: '{name}' is not an entry of stages; entries: {list(self.stages)}")
         if len(self.merged_runs()) == 1:
             raise SettingsError(f"merged={self.merged}: name at least two runs to average, or none")
+        if self.parallel_branches < 1:
+            raise SettingsError(f"parallel_branches={self.parallel_branches}: at least 1")
+        for name, entry in self.stages.items():
+            entry.drawn.check(name)
+        if self.soup is not None:
+            self.soup.check(len(self.merged_runs()))
         names: list[str] = []
         for run in self.runs():
             if run.name in names:

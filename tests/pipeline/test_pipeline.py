@@ -55,6 +55,25 @@ def test_every_part_is_there_and_names_its_parent(chain: Path) -> None:
     assert len(merged["parents"]) == 3
 
 
+def test_branches_are_diagnosed_and_mixed_and_every_accepted_soup_is_evaluated(chain: Path) -> None:
+    root = chain / "runs" / "smoke"
+    found = {name: json.loads((root / "soup" / f"{name}.json").read_text()) for name in ("diagnosis", "curve", "soup")}
+    assert found["diagnosis"]["base"] == "stage2"
+    assert found["diagnosis"]["models"] == RUNS[3:]
+    assert [point["t"] for point in found["curve"]["points"]] == [0, 0.5, 1]
+    assert [row["name"] for row in found["soup"]["rows"]] == [*RUNS[3:], "uniform", "soup_greedy", "soup_weights"]
+    results = json.loads((root / "evaluation" / "results.json").read_text())
+    evaluated = {model["name"]: model for model in results["models"]}
+    assert set(evaluated) == {"start", *RUNS, "merge", *found["soup"]["written"]}
+    # The table of the soups and that of the evaluation are about the same samples.
+    for row in found["soup"]["rows"][:3]:
+        assert row["metric"] == pytest.approx(evaluated[row["name"]]["mean_loss"], rel=1e-5)
+    page = (root / "merge.html").read_text(encoding="utf-8")
+    assert "soup_weights" in page
+    assert 'href="report.html"' in page
+    assert 'href="merge.html"' in (root / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_report_is_one_page_with_the_table_of_every_model(chain: Path) -> None:
     page = (chain / "runs" / "smoke" / "report.html").read_text(encoding="utf-8")
     results = json.loads((chain / "runs" / "smoke" / "evaluation" / "results.json").read_text())

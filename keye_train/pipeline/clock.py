@@ -1,0 +1,67 @@
+"""Which part runs, how long each took, and how long the rest will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass
+class Part:
+    """One finished or running part."""
+
+    name: str
+    work: float  # tokens it may read: what the estimate of the time left goes by
+    seconds: float = 0.0
+    kept: bool = False  # finished by an earlier call
+
+
+class Clock:
+    """Announces parts and estimates the time left by the token budgets of the stages."""
+
+    def __init__(self, parts: Sequence[str], work: Mapping[str, float]) -> None:
+        """Args:
+        parts: names, in the order in which they run.
+        work: tokens of those that train.
+        """
+        self.parts: list[Part] = []
+        self._left, self._work, self._number = list(parts), dict(work), len(parts)
+        self._began = 0.0
+
+    def begin(self, name: str) -> None:
+        """Announce a part."""
+        self._began = time.monotonic()
+        done = [part for part in self.parts if part.work and not part.kept]
+        estimate = ""
+        if done:
+            rate = sum(part.seconds for part in done) / sum(part.work for part in done)
+            minutes = rate * sum(self._work.get(left, 0.0) for left in self._left) / 60
+            estimate = f"  (about {minutes:.0f} min of training left)" if minutes >= 1 else ""
+        print(f"\n[{self._number - len(self._left) + 1}/{self._number}] {name}{estimate}", flush=True)
+
+    def end(self, name: str, kept: bool = False, seconds: float | None = None) -> None:
+        """Note that the part is done.
+
+        Args:
+            kept: an earlier call had finished it.
+            seconds: how long it took; None: since it was announced.
+        """
+        self._left.remove(name)
+        took = time.monotonic() - self._began if seconds is None else seconds
+        self.parts.append(Part(name, self._work.get(name, 0.0), took, kept))
+        if kept:
+            print(f"{name}: already finished, kept", flush=True)
+
+    def table(self, console: Console) -> None:
+        """Print the time that each part took."""
+        table = Table(title="Time of each part")
+        table.add_column("part")
+        table.add_column("seconds", justify="right")
+        for part in self.parts:
+            table.add_row(part.name, "kept" if part.kept else f"{part.seconds:.0f}")
+        table.add_row("total", f"{sum(part.seconds for part in self.parts):.0f}")
+        console.print(table)

@@ -1,0 +1,122 @@
+"""Commands that the pipeline starts: one in the foreground, or several at the same time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.2
+
+
+class PartFailed(RuntimeError):
+    """A part ended with an error; its own message stands above, or in its log."""
+
+    def __init__(self, part: str, code: int, where: str = "") -> None:
+        super().__init__(f"{part} ended with exit code {code}" + (f" (see {where})" if where else ""))
+        self.code = code
+
+
+def launched(launcher: Sequence[str], run: str, arguments: Sequence[str]) -> list[str]:
+    """The command of one run: see ``PipelineSettings.launcher``."""
+    words = [word.replace("{run}", run) for word in launcher]
+    if "{arguments}" in words:
+        place = words.index("{arguments}")
+        return [*words[:place], *arguments, *words[place + 1 :]]
+    return [*(words or [sys.executable]), "-m", "keye_train", *arguments]
+
+
+def call(part: str, command: Sequence[str]) -> None:
+    """Run a command in the foreground; on Ctrl-C and SIGTERM it saves its state, and we wait for it.
+
+    Raises:
+        PartFailed: it ended with an error, or a signal stopped it.
+    """
+    log.info("%s: %s", part, " ".join(command))
+    process = _start(command, None)
+    with _passing_on(lambda: [process]) as stopped:
+        code = process.wait()
+    _check(part, code, stopped)
+
+
+def call_all(commands: Mapping[str, Sequence[str]], at_once: int, logs: Path) -> dict[str, float]:
+    """Run commands, ``at_once`` at the same time, each with its output appended to ``logs / NAME.log``.
+
+    Where one fails, those that run are waited for, since their work is kept, and no further one is started.
+
+    Returns:
+        Seconds that each took.
+
+    Raises:
+        PartFailed: one ended with an error, or a signal stopped them all.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    waiting = list(commands)
+    running: dict[str, tuple[subprocess.Popen[bytes], IO[bytes], float]] = {}
+    seconds: dict[str, float] = {}
+    failed: tuple[str, int] | None = None
+    with _passing_on(lambda: [process for process, _, _ in running.values()]) as stopped:
+        while running or (waiting and not failed and not stopped):
+            while waiting and len(running) < at_once and not failed and not stopped:
+                name = waiting.pop(0)
+                output: IO[bytes] = (logs / f"{name}.log").open("ab")
+                log.info("%s: %s > %s", name, " ".join(commands[name]), output.name)
+                running[name] = (_start(commands[name], output), output, time.monotonic())
+            for name, (process, written, began) in list(running.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                written.close()
+                del running[name]
+                seconds[name] = time.monotonic() - began
+                log.info("%s: ended with exit code %d after %.0f s", name, code, seconds[name])
+                if code and failed is None:
+                    failed = (name, code)
+            if running:
+                time.sleep(_POLL_S)
+    name, code = failed or (", ".join(commands), 0)
+    _check(name, code, stopped, str(logs / f"{name}.log"))
+    return seconds
+
+
+def _start(command: Sequence[str], output: IO[bytes] | None) -> subprocess.Popen[bytes]:
+    # Programs of this environment first, whether it is activated or not.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    stderr = None if output is None else subprocess.STDOUT
+    return subprocess.Popen(command, env={**os.environ, "PATH": path}, stdout=output, stderr=stderr)
+
+
+@contextmanager
+def _passing_on(processes: Callable[[], Sequence[subprocess.Popen[bytes]]]) -> Iterator[list[int]]:
+    """While it lasts, SIGINT and SIGTERM are noted in the list it gives, and SIGTERM is passed on."""
+    stopped: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
+        if number == signal.SIGTERM:  # Ctrl-C has reached the whole process group already
+            for process in processes():
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check(part: str, code: int, stopped: Sequence[int], where: str = "") -> None:
+    if stopped:  # whatever the code: torchrun leaves with 1 when its ranks have saved and left as asked
+        raise PartFailed(part, 128 + stopped[-1])
+    if code:
+        raise PartFailed(part, 128 - code if code < 0 else code, where)
