@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ def diagnosis_section(found: Mapping[str, Any]) -> dict[str, Any]:
     has_base = found["base"] is not None
     verdict = found["verdict"]
     total = found["modules"]["all"]
-    about = f"{len(found['models'])} models, {total['n_tensors']} tensors of {short(total['elements'])} values each" + (
-        f", against their parent {found['base']}." if has_base else "; no parent was named, so there are no deltas."
+    about = (
+        f"{len(found['models'])} models, {total['n_tensors']} tensors with {short(total['elements'])} values in each model"
+        + (f", against their parent {found['base']}." if has_base else "; no parent was named, so there are no deltas.")
     )
     matrices = [_matrix("Distance of two models over their norm", found["models"], total["distance"], 1.0)]
     if has_base:
@@ -84,7 +86,10 @@ def _matrix(
 ) -> dict[str, Any]:
     """A square table whose tint grows with the value."""
     rows = []
-    for i, name in enumerate(models):
+    # Runs of one entry share a long beginning, which would make the columns wide.
+    shared = os.path.commonprefix(list(models)).rpartition("_")
+    names = [name.removeprefix(shared[0] + shared[1]) for name in models]
+    for i, name in enumerate(names):
         cells = []
         for j, value in enumerate(values[i]):
             if i == j or value is None:
@@ -93,7 +98,7 @@ def _matrix(
                 text = percent(value) if share else f"{value:.3f}"
                 cells.append(Cell(text, heat=round(min(max(value / top, 0.0), 1.0), 3)))
         rows.append(TableRow(name, cells))
-    return {"title": title, "table": Table(["", *models], rows)}
+    return {"title": title, "table": Table(["", *names], rows)}
 
 
 def _groups_table(head: str, groups: Mapping[str, Mapping[str, Any]], has_base: bool) -> Table:

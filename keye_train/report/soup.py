@@ -20,15 +20,21 @@ def soup_section(found: Mapping[str, Any]) -> dict[str, Any]:
     rows = []
     for row in found["rows"]:
         if row["name"] == "uniform":
-            mean = [EMPTY, _with_interval(found["parts_mean"]), EMPTY, EMPTY, EMPTY, EMPTY]
+            mean = [EMPTY, _with_interval(found["parts_mean"]), EMPTY, EMPTY, EMPTY]
             rows.append(TableRow("mean of the parts", mean, "chance"))
         weights = ", ".join(f"{weight:.3g}" for weight in row["weights"])
-        cells = [Cell(weights), _with_interval(row, best=row["metric"] == top)]
+        state = "" if row["accepted"] is None else "accepted" if row["accepted"] else "refused"
+        cells = [Cell(weights, state), _with_interval(row, best=row["metric"] == top)]
         cells += [_gain(row["gains"][reference]) for reference in REFERENCES]
-        cells.append(EMPTY if row["accepted"] is None else Cell("accepted" if row["accepted"] else "refused"))
         rows.append(TableRow(row["name"], cells, "" if row["accepted"] is None else "merge"))
-    heads = ["model", "weights", f"held-out {metric}", "gain over the parts' mean"]
-    heads += [f"over the best part ({found['best_part']})", "over the uniform mean", ""]
+    heads = [
+        "model",
+        "weights",
+        f"held-out {metric}",
+        "gain over the parts' mean",
+        "over the best part",
+        "over uniform",
+    ]
     stopped = f" It ended by its {found['stopped']} limit." if found["stopped"] else ""
     return {
         "about": (
@@ -37,7 +43,8 @@ def soup_section(found: Mapping[str, Any]) -> dict[str, Any]:
             "the search has not seen; below each value its 95 % interval, of differences by paired bootstrap over the "
             "samples. A gain above 0 is better. A soup is accepted, and written, where the whole interval of its gain "
             "over the parts' mean lies above 0. Weights are those of "
-            f"{', '.join(found['models'])}, in this order."
+            f"{', '.join(found['models'])}, in this order; the best part, by the selection samples, is "
+            f"{found['best_part']}."
         ),
         "verdicts": [_verdict(found, row) for row in found["rows"] if row["accepted"] is not None],
         "table": Table(heads, rows),
