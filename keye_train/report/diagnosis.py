@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,10 +19,11 @@ def diagnosis_section(found: Mapping[str, Any]) -> dict[str, Any]:
     has_base = found["base"] is not None
     verdict = found["verdict"]
     total = found["modules"]["all"]
-    about = (
-        f"{len(found['models'])} models, {total['n_tensors']} tensors with {short(total['elements'])} values in each model"
-        + (f", against their parent {found['base']}." if has_base else "; no parent was named, so there are no deltas.")
+    against = (
+        f", against their parent {found['base']}." if has_base else "; no parent was named, so there are no deltas."
     )
+    tensors = f"{total['n_tensors']} tensors with {short(total['elements'])} values in each"
+    about = f"{len(found['models'])} models, {tensors}{against}"
     matrices = [_matrix("Distance of two models over their norm", found["models"], total["distance"], 1.0)]
     if has_base:
         matrices += [
@@ -87,8 +87,8 @@ def _matrix(
     """A square table whose tint grows with the value."""
     rows = []
     # Runs of one entry share a long beginning, which would make the columns wide.
-    shared = os.path.commonprefix(list(models)).rpartition("_")
-    names = [name.removeprefix(shared[0] + shared[1]) for name in models]
+    beginnings = {name.rpartition("_")[0] for name in models}
+    names = [name.rpartition("_")[2] if len(beginnings) == 1 else name for name in models]
     for i, name in enumerate(names):
         cells = []
         for j, value in enumerate(values[i]):
