@@ -18,6 +18,7 @@ from keye_train.evaluation.heldout import Heldout
 from keye_train.merging.blend import Blend
 from keye_train.runs import read_json, write_json_atomic
 from keye_train.settings import DataSettings, ScoringSettings, SettingsError
+from keye_train.soups.search import exact
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Scoreboard:
         if self._scorer is None:
             first = self._models.exports[0]
             self._scorer = CandidateScorer(first, self._tasks, self._data, self._settings, self._progress)
-        found = self._scorer.score(self._models.blend.tensors(weights))
+        found = self._scorer.score(self._models.blend.tensors(exact(weights)))
         self.computed += 1
         write_json_atomic(file, found.to_json())
         return found

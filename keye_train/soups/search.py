@@ -83,6 +83,15 @@ def normalised(weights: Sequence[float]) -> tuple[float, ...]:
     return tuple(round(weight / total, DIGITS) for weight in weights)
 
 
+def exact(weights: Sequence[float]) -> list[float]:
+    """Weights as they enter a mean: 1 where all models that take part count alike.
+
+    So a uniform or greedy soup is the plain mean, bit for bit, and not one with thirds rounded to four digits.
+    """
+    taking_part = {weight for weight in weights if weight}
+    return [float(bool(weight)) for weight in weights] if len(taking_part) == 1 else list(weights)
+
+
 def greedy(trials: Trials, models: int) -> tuple[float, ...]:
     """Greedy soup: Wortsman et al. 2022, "Model soups", recipe 1.
 

@@ -32,7 +32,7 @@ from keye_train.settings import (
 )
 from keye_train.soups.bootstrap import interval, resample
 from keye_train.soups.scoreboard import Models, Scoreboard
-from keye_train.soups.search import BudgetSpentError, Trials, greedy, nelder_mead, normalised, one_hot
+from keye_train.soups.search import BudgetSpentError, Trials, exact, greedy, nelder_mead, normalised, one_hot
 
 logger = logging.getLogger(__name__)
 
@@ -212,10 +212,10 @@ def _place(folder: Path, settings: SoupSettings, weights: Sequence[float] | None
     """Bring ``folder`` to what was found: the export of an accepted soup, else nothing."""
     if folder.exists():
         request = read_json(folder / MANIFEST)["request"]
-        if weights is None or request["weights"] != list(weights):
+        if weights is None or request["weights"] != exact(weights):
             logger.info("%s: what an earlier search found is removed", folder)
             shutil.rmtree(folder)
     if weights is None:
         return None
-    wanted = MergeSettings(models=settings.models, out=str(folder), method=MergeMethod.weighted, weights=list(weights))
+    wanted = MergeSettings(models=settings.models, out=str(folder), method=MergeMethod.weighted, weights=exact(weights))
     return merge(wanted, progress)

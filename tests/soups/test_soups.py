@@ -34,7 +34,7 @@ from keye_train.settings import (
 from keye_train.soups import draw_curve, search_soup
 from keye_train.soups.bootstrap import resample
 from keye_train.soups.curve import line_places
-from keye_train.soups.search import Trials, greedy, nelder_mead
+from keye_train.soups.search import Trials, exact, greedy, nelder_mead, normalised
 from keye_train.soups.soup import split
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
@@ -113,6 +113,15 @@ def test_a_candidate_in_memory_scores_what_keye_eval_gives_its_export(world: Any
         assert scorer.score(state).mean() == pytest.approx(model[key], rel=1e-6)
 
 
+def test_the_uniform_candidate_is_the_uniform_merge(world: Any, tmp_path: Path) -> None:
+    _, exports = world
+    written = load_file(merge(MergeSettings(models=exports, out=str(tmp_path / "m")), False) / "model.safetensors")
+    thirds = exact(normalised([1.0, 1.0, 1.0]))
+    blended = dict(Blend([Path(export) for export in exports]).tensors(thirds))
+    assert all(torch.equal(written[name], blended[name]) for name in written)
+    assert exact((0.25, 0.75)) == [0.25, 0.75]
+
+
 def test_selection_and_confirmation_share_no_sample(world: Any, tmp_path: Path) -> None:
     confirming, selecting = split(soup(world, tmp_path))
     for task in confirming:
@@ -169,7 +178,7 @@ def test_a_soup_that_is_no_longer_accepted_is_removed(searched: Any, world: Any,
     folder = tmp_path / "soup_greedy"
     assert _place(folder, settings, (0.5, 0.5, 0.0), False) == folder
     assert _place(folder, settings, (0.0, 0.5, 0.5), False) == folder
-    assert json.loads((folder / "manifest.json").read_text())["request"]["weights"] == [0.0, 0.5, 0.5]
+    assert json.loads((folder / "manifest.json").read_text())["request"]["weights"] == [0.0, 1.0, 1.0]
     assert _place(folder, settings, None, False) is None
     assert not folder.exists()
 
