@@ -68,13 +68,13 @@ def train(settings: TrainSettings) -> int:
         logger.info("%s: already finished", run_dir)
         return 0
     manifest.check_same_recipe(run_dir, settings)
-    with StopRequest() as stop_request:
-        world = distributed.start(settings.deepspeed.timeout_minutes)
-        lock = RunLock(run_dir, world)
-        try:
-            return Trainer(settings, world, stop_request).run()
-        finally:
-            lock.release()
+    stop_request = StopRequest()
+    world = distributed.start(settings.deepspeed.timeout_minutes)
+    lock = RunLock(run_dir, world)
+    try:
+        return Trainer(settings, world, stop_request).run()
+    finally:
+        lock.release()
 
 
 class Trainer:
@@ -119,7 +119,8 @@ class Trainer:
         ledger = Ledger(self.run_dir, self.world.rank, self.world.size, self.state.step)
         loader = Loader(self.plan, self.processor, self.world.rank, self.world.size, self.settings, position)
         try:
-            stopped_by = self._train(loader, ledger, monitor)
+            with self._stop_request:  # before and behind it a signal ends the process at once: nothing would be lost
+                stopped_by = self._train(loader, ledger, monitor)
         finally:
             self.saver.close(SAVE_PATIENCE_S)
             loader.close()
