@@ -23,6 +23,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+PARENT = os.getppid()
+"""Who started this process. Taken here, before the heavy imports: a launcher that dies meanwhile must be missed too."""
+
 RECIPE = "recipe.yaml"
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"

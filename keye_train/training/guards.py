@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from keye_train import runs
 from keye_train.sample import SampleRef
 from keye_train.settings import NonFiniteSettings
 
@@ -79,7 +80,7 @@ class StopRequest:
         self.signal_number = 0
         self._received_at = 0.0
         self._previous: dict[int, object] = {}
-        self._launcher = os.getppid() if "RANK" in os.environ else None
+        self._launcher = runs.PARENT if "RANK" in os.environ else None
 
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
