@@ -1,16 +1,21 @@
-"""May these exports be averaged? Every reason why not, in one list."""
+"""May these models be averaged? Every reason why not, in one list.
+
+Each reason has a kind, a name of ``ALLOWED_DIFFERENCES`` (keye_train.settings.merging), which also says what becomes of
+a difference that the user allows.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from keye_train.merging.methods import AVERAGED_DTYPES
-from keye_train.merging.streaming import ExportReader, TensorPlace
+from keye_train.merging.methods import AVERAGED_DTYPES, all_finite
+from keye_train.merging.reading import ExportReader
 from keye_train.settings import SettingsError
 
 CONFIG = "config.json"
@@ -35,6 +40,7 @@ TEXT_FILES = (
     "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
+    "tokenizer.model",
     "added_tokens.json",
     "special_tokens_map.json",
     "chat_template.json",
@@ -53,6 +59,9 @@ IGNORED_BUDGET_KEYS = frozenset({"auto_map", "image_processor_type", "processor_
 """Keys that say which class reads the file."""
 
 _ABSENT = "absent"
+_OUTPUT_MATRIX = "lm_head.weight"
+_EMBEDDING = "embed_tokens.weight"
+_TIE = "tie_word_embeddings"
 
 
 class MergeError(SettingsError):
@@ -65,35 +74,85 @@ class MergeError(SettingsError):
         )
 
 
+@dataclass(frozen=True)
+class Difference:
+    """One way in which a model differs from the first."""
+
+    kind: str  # a name of ALLOWED_DIFFERENCES
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.text} [allow={self.kind}]"
+
+
 def differences(readers: Sequence[ExportReader]) -> list[str]:
     """Every way in which the exports differ from the first one; empty when they may be averaged.
 
     Compares tensor names, shapes and dtypes, config.json (without IGNORED_CONFIG_KEYS), tokenizer and processor files.
     Reads headers and small files only.
     """
+    return [str(one) for one in compare(readers)]
+
+
+def compare(readers: Sequence[ExportReader]) -> list[Difference]:
+    """As :func:`differences`, with the kind of each."""
     first = readers[0]
-    problems = []
+    found = []
     for other in readers[1:]:
-        problems += _tensor_differences(first, other)
-        problems += _config_differences(first.folder, other.folder)
-        problems += _text_differences(first.folder, other.folder)
-        problems += _budget_differences(first.folder, other.folder)
-    return problems
+        found += _tensor_differences(first, other)
+        found += _config_differences(first.folder, other.folder)
+        found += _text_differences(first.folder, other.folder)
+        found += _budget_differences(first.folder, other.folder)
+    return found
 
 
-def value_problems(readers: Sequence[ExportReader], names: Sequence[str]) -> list[str]:
+def untie(readers: Sequence[ExportReader]) -> list[Difference]:
+    """Give models that tie output matrix and embedding both tensors, where others of the models do not tie.
+
+    Returns:
+        One difference of the kind "tied" for each model that was changed.
+    """
+    tied = [reader for reader in readers if _tied_embedding(reader) is not None]
+    outputs = {name for reader in readers for name in reader.places if name.endswith(_OUTPUT_MATRIX)}
+    if not tied or len(tied) == len(readers) or len(outputs) != 1:
+        return []
+    (output,) = outputs
+    changed = []
+    for reader in tied:
+        embedding = _tied_embedding(reader)
+        assert embedding is not None
+        reader.add_alias(output, embedding)
+        changed.append(Difference("tied", f"{reader.folder}: ties {output} to {embedding}, another model does not"))
+    return changed
+
+
+def _tied_embedding(reader: ExportReader) -> str | None:
+    """Name of the embedding that a model uses as its output matrix too; None where it has an output matrix."""
+    config = _flat(_read_config(reader.folder), IGNORED_CONFIG_KEYS)
+    ties = any(key.split(".")[-1] == _TIE and value == "true" for key, value in config.items())
+    if not ties or any(name.endswith(_OUTPUT_MATRIX) for name in reader.places):
+        return None
+    return next((name for name in reader.places if name.endswith(_EMBEDDING)), None)
+
+
+def value_problems(readers: Sequence[ExportReader], names: Sequence[str], equal: bool = True) -> list[str]:
     """Tensors that hold NaN or infinity, and tensors outside AVERAGED_DTYPES that are not equal in all models.
 
     Reads all values of ``names``, a piece at a time.
+
+    Args:
+        equal: whether the latter have to be equal.
     """
     problems = []
     for name in names:
-        if readers[0].places[name].dtype in AVERAGED_DTYPES:
-            for reader in readers:
-                if not all(bool(torch.isfinite(piece).all()) for piece in reader.pieces(name)):
-                    problems.append(f"{reader.places[name].file}: {name} holds NaN or infinity")
-        else:
-            problems += _unequal(readers, name)
+        holders = [reader for reader in readers if name in reader.places]
+        if holders[0].places[name].dtype in AVERAGED_DTYPES:
+            for reader in holders:
+                place = reader.places[name]
+                if place.dtype in AVERAGED_DTYPES and not all(all_finite(piece) for piece in reader.pieces(name)):
+                    problems.append(f"{place.file}: {name} holds NaN or infinity")
+        elif equal:
+            problems += _unequal(holders, name)
     return problems
 
 
@@ -101,69 +160,84 @@ def _unequal(readers: Sequence[ExportReader], name: str) -> list[str]:
     problems = []
     for other in readers[1:]:
         pairs = zip(readers[0].pieces(name), other.pieces(name), strict=True)
-        if not all(torch.equal(left, right) for left, right in pairs):
+        if not all(torch.equal(left.view(torch.uint8), right.view(torch.uint8)) for left, right in pairs):
             place = other.places[name]
-            problems.append(
-                f"{place.file}: {name} ({_dtype(place)}) is not averaged and must equal that of "
+            text = (
+                f"{place.file}: {name} ({_dtype(place.dtype)}) is not averaged and must equal that of "
                 f"{readers[0].places[name].file}"
             )
+            problems.append(str(Difference("integers", text)))
     return problems
 
 
-def _tensor_differences(first: ExportReader, other: ExportReader) -> list[str]:
-    problems = []
+def _tensor_differences(first: ExportReader, other: ExportReader) -> list[Difference]:
+    found = []
     for name, place in first.places.items():
         twin = other.places.get(name)
         if twin is None:
-            problems.append(f"{other.folder}: has no tensor {name}, which {place.file} has")
+            found.append(Difference("missing", f"{other.folder}: has no tensor {name}, which {place.file} has"))
             continue
         if twin.shape != place.shape:
-            problems.append(f"{twin.file}: {name} has shape {list(twin.shape)}, in {place.file} {list(place.shape)}")
-        if twin.dtype != place.dtype:
-            problems.append(f"{twin.file}: {name} is {_dtype(twin)}, in {place.file} {_dtype(place)}")
+            text = f"{name} has shape {list(twin.shape)}, in {place.file} {list(place.shape)}"
+            found.append(Difference("shape", f"{twin.file}: {text}"))
+        left, right = first.dtype_of(name), other.dtype_of(name)
+        if left != right:
+            text = f"{twin.file}: {name} is {_dtype(right)}, in {place.file} {_dtype(left)}"
+            found.append(Difference("dtype", text))
     for name, twin in other.places.items():
         if name not in first.places:
-            problems.append(f"{first.folder}: has no tensor {name}, which {twin.file} has")
-    return problems
+            found.append(Difference("extra", f"{first.folder}: has no tensor {name}, which {twin.file} has"))
+    return found
 
 
-def _config_differences(first: Path, other: Path) -> list[str]:
+def _config_differences(first: Path, other: Path) -> list[Difference]:
     left, right = (_flat(_read_config(folder), IGNORED_CONFIG_KEYS) for folder in (first, other))
-    return _field_differences(first / CONFIG, left, other / CONFIG, right)
-
-
-def _field_differences(first: Path, left: Mapping[str, str], other: Path, right: Mapping[str, str]) -> list[str]:
     return [
-        f"{other}: {key} is {right.get(key, _ABSENT)}, in {first} {left.get(key, _ABSENT)}"
-        for key in sorted(left.keys() | right.keys())
-        if left.get(key, _ABSENT) != right.get(key, _ABSENT)
+        Difference(_config_kind(key), text)
+        for key, text in _field_differences(first / CONFIG, left, other / CONFIG, right).items()
     ]
 
 
-def _text_differences(first: Path, other: Path) -> list[str]:
-    problems = []
+def _config_kind(key: str) -> str:
+    words = key.split(".")
+    if words[-1] == _TIE:
+        return "tied"
+    return "rope" if any("rope" in word or word == "max_position_embeddings" for word in words) else "config"
+
+
+def _field_differences(first: Path, left: Mapping[str, str], other: Path, right: Mapping[str, str]) -> dict[str, str]:
+    return {
+        key: f"{other}: {key} is {right.get(key, _ABSENT)}, in {first} {left.get(key, _ABSENT)}"
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key, _ABSENT) != right.get(key, _ABSENT)
+    }
+
+
+def _text_differences(first: Path, other: Path) -> list[Difference]:
+    found = []
     for name in TEXT_FILES:
         left, right = first / name, other / name
         if left.exists() != right.exists():
-            problems.append(_missing(left, right))
-        elif left.exists() and left.read_bytes() != right.read_bytes() and _json(left) != _json(right):
-            problems.append(f"{right}: differs from {left}")
-    return problems
+            found.append(Difference("tokenizer", _missing(left, right)))
+        elif left.exists() and left.read_bytes() != right.read_bytes() and _value(left) != _value(right):
+            found.append(Difference("tokenizer", f"{right}: differs from {left}"))
+    return found
 
 
-def _budget_differences(first: Path, other: Path) -> list[str]:
-    problems = []
+def _budget_differences(first: Path, other: Path) -> list[Difference]:
+    found = []
     for name in BUDGET_FILES:
         left, right = pair = (first / name, other / name)
         if left.exists() != right.exists():
-            found = [_missing(left, right)]
+            texts = [_missing(left, right)]
         elif left.exists():
             fields = [_flat(json.loads(path.read_text(encoding="utf-8")), IGNORED_BUDGET_KEYS) for path in pair]
-            found = _field_differences(left, fields[0], right, fields[1])
+            texts = list(_field_differences(left, fields[0], right, fields[1]).values())
         else:
-            found = []
-        problems += [f"{problem}; copy the {name} that the merge shall have into both" for problem in found]
-    return problems
+            texts = []
+        advice = f"copy the {name} that the merge shall have into both"
+        found += [Difference("processor", f"{text}; {advice}") for text in texts]
+    return found
 
 
 def _missing(left: Path, right: Path) -> str:
@@ -171,10 +245,9 @@ def _missing(left: Path, right: Path) -> str:
     return f"{there}: is missing, but {here} exists"
 
 
-def _json(path: Path) -> object:
-    """The value of a JSON file, so that spaces and the order of keys do not count; other files by their text."""
-    text = path.read_text(encoding="utf-8")
-    return json.loads(text) if path.suffix == ".json" else text
+def _value(path: Path) -> object:
+    """The value of a JSON file, so that spaces and the order of keys do not count; other files by their bytes."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else path.read_bytes()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -197,5 +270,5 @@ def _flat(config: Mapping[str, Any], ignored: frozenset[str], prefix: str = "") 
     return flat
 
 
-def _dtype(place: TensorPlace) -> str:
-    return str(place.dtype).removeprefix("torch.")
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

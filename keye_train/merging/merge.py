@@ -1,4 +1,4 @@
-"""``keye-merge``: K exports in, their average out, in the official layout.
+"""``keye-merge``: K models in, their average out, in the official layout.
 
 The output is written into a hidden folder beside its place and renamed when it is whole, so it exists whole or not at
 all. Its manifest names the parents, their manifests and the SHA-256 of every file read and written.
@@ -6,46 +6,42 @@ all. Its manifest names the parents, their manifests and the SHA-256 of every fi
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
+import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from keye_train.merging.compatibility import CONFIG, MergeError, differences, value_problems
-from keye_train.merging.methods import AVERAGED_DTYPES
-from keye_train.merging.rules import Rule, check_patterns, model_weights, rule_for
-from keye_train.merging.streaming import (
-    ExportReader,
-    PlannedTensor,
-    ShardWriter,
-    plan_shards,
-    sha256_of,
-    weight_files,
-    write_index,
-)
-from keye_train.runs import MANIFEST, commit, export_dir, read_json, versions, write_json_atomic
+from keye_train.merging.accounting import Accounts, account
+from keye_train.merging.compatibility import CONFIG
+from keye_train.merging.output import check_room, partial_output
+from keye_train.merging.reading import ExportReader
+from keye_train.merging.rules import check_patterns, model_weights
+from keye_train.merging.sources import last_checkpoints, open_model
+from keye_train.merging.streaming import PlannedTensor, plan_shards, sha256_of, write_index
+from keye_train.merging.weights import merge_weights
+from keye_train.runs import MANIFEST, commit, read_json, versions, write_json_atomic
 from keye_train.settings import MergeSettings, SettingsError
 
 logger = logging.getLogger(__name__)
 
-_WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth")
+_WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+_UNREQUESTED = ("models", "out", "method", "base", "last", "threads", "hash_inputs")
 
 
 def merge(settings: MergeSettings, progress: bool = True) -> Path:
-    """Average the exports ``settings.models`` into the folder ``settings.out``.
+    """Average the models ``settings.models`` into the folder ``settings.out``.
 
-    One piece of one tensor at a time is in memory. Where the folder already holds this very merge, it is kept.
+    A few pieces of one tensor at a time are in memory. Where the folder already holds this very merge, it is kept;
+    where a merge was interrupted, it goes on behind the last whole file.
 
     Args:
         settings: what to merge; run folders stand for their exports.
@@ -59,56 +55,79 @@ def merge(settings: MergeSettings, progress: bool = True) -> Path:
         FileNotFoundError: a model is not there, or lacks a file.
         ExportError: a file of a model is cut off.
         MergeError: the models differ, or hold values that are not finite; it lists every reason.
+        DiskFull: there is no room for the result.
     """
     settings.check()
+    if settings.last is not None:
+        settings = replace(settings, models=last_checkpoints(settings.models[0], settings.last), last=None)
     # The base, where a method has one, comes last.
-    folders = [export_dir(model) for model in [*settings.models, *([settings.base] if settings.base else [])]]
-    out = Path(settings.out)
-    request = _request(settings, folders)
-    if out.exists():
-        _check_existing(out, request, folders)
-        logger.info("%s already holds this merge", out)
-        return out
-    readers = [ExportReader(folder) for folder in folders]
+    readers = [open_model(model) for model in [*settings.models, *([settings.base] if settings.base else [])]]
     try:
-        problems = differences(readers)
-        if problems:
-            # The values are read as well, so that one run names everything there is to mend.
-            shared = [name for name in readers[0].places if _alike(readers, name)]
-            raise MergeError(problems + value_problems(readers, shared))
-        check_patterns(settings, list(readers[0].places))
-        with _written_beside(out) as folder, ThreadPoolExecutor(max_workers=1) as hasher:
-            started = time.monotonic()
-            # The hashes of the inputs are taken while the merge reads the same bytes: they come from the page cache.
-            hashes = [hasher.submit(_describe_files, parent) for parent in folders]
-            shards = _plan(readers, settings)
-            outputs = _write_weights(folder, readers, shards, settings, progress)
-            write_index(folder, shards)
-            _copy_companions(folders[0], folder, settings.dtype)
-            manifest = _manifest(settings, request, folders, hashes, outputs, shards)
-            write_json_atomic(folder / MANIFEST, manifest | {"wall_s": round(time.monotonic() - started, 3)})
+        out = Path(settings.out)
+        request = _request(settings, readers)
+        if out.exists():
+            _check_existing(out, request, readers)
+            logger.info("%s already holds this merge", out)
+            return out
+        _merge(settings, readers, out, request, progress)
     finally:
         for reader in readers:
             reader.close()
-    logger.info("merged %d models into %s", len(folders), out)
+    logger.info("merged %d models into %s", len(readers), out)
     return out
 
 
-def _request(settings: MergeSettings, folders: Sequence[Path]) -> dict[str, Any]:
+def _merge(
+    settings: MergeSettings, readers: Sequence[ExportReader], out: Path, request: dict[str, Any], progress: bool
+) -> None:
+    started = time.monotonic()
+    chosen = getattr(torch, settings.dtype) if settings.dtype else None
+    accounts = account(readers, settings.base is not None, settings.allow, chosen)
+    for one in accounts.allowed:
+        logger.warning("allowed: %s", one)
+    check_patterns(settings, list(accounts.shares))
+    shards = plan_shards([share.planned for share in accounts.shares.values()], settings.max_shard_bytes)
+    inputs = [{_key(reader, file): list(_stat(file)) for file in _input_files(reader)} for reader in readers]
+    with partial_output(out, {"kind": "merge", "request": request, "inputs": inputs}) as partial:
+        left = {file: tensors for file, tensors in shards.items() if file not in partial.files}
+        check_room(out, sum(tensor.n_bytes for tensors in left.values() for tensor in tensors), partial.files)
+        hashers = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)), thread_name_prefix="hash")
+        try:
+            # The inputs are hashed while the merge reads the same bytes: one of the two finds them in the page cache.
+            hashes = [
+                {_key(reader, file): hashers.submit(_describe, file, settings.hash_inputs) for file in files}
+                for reader, files in ((reader, _input_files(reader)) for reader in readers)
+            ]
+            for file, sha256 in merge_weights(partial.folder, readers, left, accounts, settings, progress):
+                partial.add(file, sha256)
+            write_index(partial.folder, shards)
+            _copy_companions(readers[0], partial.folder, accounts)
+            for path in sorted(partial.folder.iterdir()):
+                if path.name not in partial.files and path.name != MANIFEST:
+                    partial.add(path.name, sha256_of(path))
+            manifest = _manifest(settings, request, readers, hashes, accounts) | {"files": partial.files}
+        finally:
+            hashers.shutdown(wait=True, cancel_futures=True)
+        write_json_atomic(partial.folder / MANIFEST, manifest | {"wall_s": round(time.monotonic() - started, 3)})
+
+
+def _request(settings: MergeSettings, readers: Sequence[ExportReader]) -> dict[str, Any]:
     """What was asked for: two merges with the same request and the same inputs are the same merge."""
     values = asdict(settings)
     request = {
-        "models": [str(folder.resolve()) for folder in folders],
+        "models": [str(reader.origin.resolve()) for reader in readers],
         "method": settings.method.value,
         "weights": values["weights"],
         "dtype": values["dtype"],
         "max_shard_bytes": values["max_shard_bytes"],
+        "base": values["base"],
     }
     # Only where set, so that finished merges of earlier versions stay known.
-    return request | {key: values[key] for key in ("modules", "decay", "base") if values[key]}
+    request |= {key: value for key, value in values.items() if key not in _UNREQUESTED and value}
+    return {key: value for key, value in request.items() if key != "base" or value}
 
 
-def _check_existing(out: Path, request: dict[str, Any], folders: Sequence[Path]) -> None:
+def _check_existing(out: Path, request: dict[str, Any], readers: Sequence[ExportReader]) -> None:
     """Pass where ``out`` is the finished result of this request on these inputs; raise SettingsError elsewhere."""
     advice = f"remove {out} or choose another out=..."
     if not (out / MANIFEST).exists():
@@ -116,115 +135,60 @@ def _check_existing(out: Path, request: dict[str, Any], folders: Sequence[Path])
     manifest = read_json(out / MANIFEST)
     if manifest.get("request") != request:
         raise SettingsError(f"out={out} holds something else than this merge (see its {MANIFEST}): {advice}")
-    for folder, parent in zip(folders, manifest["parents"], strict=True):
-        found = {file.name: _stat(file) for file in _input_files(folder)}
+    for reader, parent in zip(readers, manifest["parents"], strict=True):
+        files = {_key(reader, file): file for file in _input_files(reader)}
         written = {name: (entry["bytes"], entry["mtime_ns"]) for name, entry in parent["files"].items()}
         # A copied or touched file has another time stamp; only then are the bytes worth reading.
-        if found != written and any(
-            sha256_of(folder / name) != parent["files"].get(name, {}).get("sha256") for name in found
+        if {name: _stat(file) for name, file in files.items()} != written and any(
+            sha256_of(file) != parent["files"].get(name, {}).get("sha256") for name, file in files.items()
         ):
-            raise SettingsError(f"out={out} was merged before {folder} changed: {advice}")
+            raise SettingsError(f"out={out} was merged before {reader.origin} changed: {advice}")
 
 
-def _alike(readers: Sequence[ExportReader], name: str) -> bool:
-    first = readers[0].places[name]
-    twins = [reader.places.get(name) for reader in readers]
-    return all(twin is not None and (twin.dtype, twin.shape) == (first.dtype, first.shape) for twin in twins)
-
-
-def _plan(readers: Sequence[ExportReader], settings: MergeSettings) -> dict[str, list[PlannedTensor]]:
-    """The output's tensors and files, in the order in which the first model lies on the disk."""
-    chosen = getattr(torch, settings.dtype) if settings.dtype else None
-    tensors = [
-        PlannedTensor(name, (chosen or place.dtype) if place.dtype in AVERAGED_DTYPES else place.dtype, place.shape)
-        for name, place in readers[0].places.items()
-    ]
-    return plan_shards(tensors, settings.max_shard_bytes)
-
-
-def _write_weights(
-    folder: Path,
-    readers: Sequence[ExportReader],
-    shards: dict[str, list[PlannedTensor]],
-    settings: MergeSettings,
-    progress: bool,
-) -> dict[str, str]:
-    """Write every shard; returns file name -> SHA-256.
-
-    Raises:
-        MergeError: values that are not finite, or unequal tensors of a type that is not averaged.
-    """
-    n_bytes = sum(place.n_bytes for reader in readers for place in reader.places.values())
-    outputs: dict[str, str] = {}
-    quiet = None if progress else True  # None: no bar where stderr is no terminal
-    with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="merge", disable=quiet) as bar:
-        for file, tensors in shards.items():
-            with ShardWriter(folder / file, tensors) as writer:
-                for tensor in tensors:
-                    rule = rule_for(settings, readers, tensor.name) if tensor.dtype in AVERAGED_DTYPES else None
-                    for pieces in _aligned_pieces(readers, tensor.name):
-                        merged = _merge_pieces(pieces, rule, tensor.dtype)
-                        if merged is None:
-                            raise MergeError(_reasons(readers, tensor))
-                        writer.append(merged)
-                        bar.update(sum(piece.nbytes for piece in pieces))
-            outputs[file] = writer.sha256
-    return outputs
-
-
-def _aligned_pieces(readers: Sequence[ExportReader], name: str) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(reader.pieces(name) for reader in readers), strict=True)
-
-
-def _merge_pieces(pieces: Sequence[Tensor], rule: Rule | None, dtype: torch.dtype) -> Tensor | None:
-    """One piece of the output; None where the values forbid it."""
-    if rule is None:
-        return pieces[0] if all(torch.equal(pieces[0], piece) for piece in pieces[1:]) else None
-    merged = rule(pieces, dtype)
-    return merged if bool(torch.isfinite(merged).all()) else None
-
-
-def _reasons(readers: Sequence[ExportReader], failed: PlannedTensor) -> list[str]:
-    """Why the values cannot be averaged, for all tensors and not only for the one that failed first."""
-    return value_problems(readers, list(readers[0].places)) or [
-        f"{failed.name}: its average does not fit {failed.dtype}: choose dtype=float32 or dtype=bfloat16"
-    ]
-
-
-def _copy_companions(parent: Path, folder: Path, dtype: str | None) -> None:
-    """Copy config, tokenizer and processor files of the first model; config.json names the new dtype."""
-    for file in sorted(parent.iterdir()):
+def _copy_companions(first: ExportReader, folder: Path, accounts: Accounts) -> None:
+    """Copy config, tokenizer and processor files of the first model; config.json says what the result is."""
+    for file in sorted(first.folder.iterdir()):
         if file.is_file() and file.name != MANIFEST and not file.name.endswith(_WEIGHT_SUFFIXES):
             shutil.copyfile(file, folder / file.name)
-    if dtype is not None:
-        config = read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
+    known = json.dumps(config)
+    types = {share.planned.dtype for share in accounts.shares.values() if share.merged}
+    if len(types) == 1:
+        (dtype,) = types
         for key in {"torch_dtype", "dtype"} & config.keys():
-            config[key] = dtype
+            config[key] = str(dtype).removeprefix("torch.")
+    if accounts.untied:
+        for fields in (config, *(value for value in config.values() if isinstance(value, dict))):
+            if "tie_word_embeddings" in fields:
+                fields["tie_word_embeddings"] = False
+    if json.dumps(config) != known:
         write_json_atomic(folder / CONFIG, config)
 
 
 def _manifest(
     settings: MergeSettings,
     request: dict[str, Any],
-    folders: Sequence[Path],
-    hashes: Sequence[Future[dict[str, dict[str, Any]]]],
-    outputs: dict[str, str],
-    shards: dict[str, list[PlannedTensor]],
+    readers: Sequence[ExportReader],
+    hashes: Sequence[dict[str, Future[dict[str, Any]]]],
+    accounts: Accounts,
 ) -> dict[str, Any]:
     shares = model_weights(settings)
     if settings.base is None:
         shares = [share / sum(shares) for share in shares]
     else:
         shares.append(1 - sum(shares))  # what is left for the base in base + sum_i w_i * (model_i - base)
-    planned = [tensor for shard in shards.values() for tensor in shard]
+    planned = [share.planned for share in accounts.shares.values()]
     parents = [
         {
-            "path": str(folder),
+            "path": str(reader.origin),
             "weight": share,
-            "manifest_sha256": sha256_of(folder / MANIFEST) if (folder / MANIFEST).exists() else None,
-            "files": described.result(),
+            "manifest_sha256": sha256_of(manifest) if manifest.exists() else None,
+            "files": {name: described.result() for name, described in files.items()},
         }
-        for folder, share, described in zip(folders, shares, hashes, strict=True)
+        for reader, share, files, manifest in (
+            (reader, share, files, reader.folder / MANIFEST)
+            for reader, share, files in zip(readers, shares, hashes, strict=True)
+        )
     ]
     return {
         "kind": "merge",
@@ -234,66 +198,36 @@ def _manifest(
         "weights": [parent["weight"] for parent in parents],
         "dtype": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in planned}),
         "tensors": len(planned),
+        "tensors_sha256": tensors_digest(planned),
         "bytes": sum(tensor.n_bytes for tensor in planned),
+        "allowed": [str(one) for one in accounts.allowed],
+        "dropped": accounts.dropped,
         "parents": parents,
-        "files": {file: {"sha256": digest} for file, digest in outputs.items()},
         "versions": versions(),
         "commit": commit(),
     }
 
 
-def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    described = {}
-    for file in _input_files(folder):
-        n_bytes, mtime_ns = _stat(file)
-        described[file.name] = {"bytes": n_bytes, "mtime_ns": mtime_ns, "sha256": sha256_of(file)}
-    return described
+def tensors_digest(tensors: Sequence[PlannedTensor]) -> str:
+    """SHA-256 of the sorted list of names, types and shapes."""
+    listed = sorted([tensor.name, str(tensor.dtype), list(tensor.shape)] for tensor in tensors)
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-def _input_files(folder: Path) -> list[Path]:
-    return [*weight_files(folder), folder / CONFIG]
+def _describe(file: Path, hashed: bool) -> dict[str, Any]:
+    n_bytes, mtime_ns = _stat(file)
+    return {"bytes": n_bytes, "mtime_ns": mtime_ns, "sha256": sha256_of(file) if hashed else None}
+
+
+def _input_files(reader: ExportReader) -> list[Path]:
+    return [*reader.weight_files(), *(path for path in (reader.folder / CONFIG,) if path.exists())]
+
+
+def _key(reader: ExportReader, file: Path) -> str:
+    """Name of an input file in the manifest: relative to what the user named."""
+    return os.path.relpath(file, reader.origin)
 
 
 def _stat(file: Path) -> tuple[int, int]:
     stat = file.stat()
     return stat.st_size, stat.st_mtime_ns
-
-
-@contextmanager
-def _written_beside(out: Path) -> Iterator[Path]:
-    """A hidden folder beside ``out`` that becomes ``out`` when the block ends well and is removed when it does not.
-
-    What a killed merge left there is removed first; the kernel drops the lock of a dead process, so a folder that is
-    still locked belongs to a merge that is still running.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SettingsError(f"out={out} is being written by another merge: wait for it or end it") from error
-        try:
-            for file in partial.iterdir():
-                file.unlink()
-            yield partial
-            for file in partial.iterdir():
-                _sync(file)
-            _sync(partial)
-            partial.rename(out)
-            _sync(out.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    finally:
-        os.close(lock)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,21 +1,35 @@
-"""The arithmetic of averaging: float64 sums in an order of their own, rounded once.
+"""The arithmetic of averaging: float64 sums that no order of the models changes, rounded once.
 
 Uniform soup (Wortsman et al. 2022, "Model soups", section 2): theta = (1 / K) * sum_i theta_i.
 Weighted: theta = sum_i w_i * theta_i / sum_i w_i.
 
-Sums of bfloat16, float16 or float32 values are exact in float64 unless the values differ in size by more than
-2^45 / K, 2^42 / K or 2^29 / K, so the result is in practice the true mean, correctly rounded.
+A sum of K bfloat16, float16 or float32 values is exact in float64 unless they differ in size by more than 2^44 / K,
+2^41 / K or 2^28 / K; ``scan_values`` proves it for a block of values from their largest and smallest exponent. Where
+the proof fails, values are added in the order of their size. So models of equal weight may come in any order, and the
+mean is in practice the true one, correctly rounded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 AVERAGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Tensors of these types are averaged; all others (integers, booleans, float64) must be equal in all models."""
+
+BLOCK = 1 << 17
+"""Values handled at a time: small enough for the caches. Sums over a tensor are sums over its blocks, whatever the
+size of the pieces in which it is read."""
+
+_BITS: dict[torch.dtype, Any] = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.uint16}
+_FRACTION_BITS: dict[torch.dtype, Any] = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
+_BIAS = {torch.float32: 127, torch.bfloat16: 127, torch.float16: 15}
+_FLOAT64_BITS = 53
+_MIDDLE = np.uint32(0x8000)  # the lower half of a float32 in the middle of two bfloat16 values
 
 
 def average(tensors: Sequence[Tensor], weights: Sequence[float] | None, dtype: torch.dtype) -> Tensor:
@@ -25,25 +39,101 @@ def average(tensors: Sequence[Tensor], weights: Sequence[float] | None, dtype: t
     with itself is that tensor, bit for bit (of the same dtype).
 
     Args:
-        tensors: K tensors of one shape and one of ``AVERAGED_DTYPES``, contiguous, on the CPU.
-        weights: K numbers >= 0 with a positive sum; None: all equal.
+        tensors: K tensors of one shape, each of one of ``AVERAGED_DTYPES``, contiguous, on the CPU.
+        weights: K numbers with a positive sum; None: all equal.
         dtype: one of ``AVERAGED_DTYPES``.
 
     Returns:
         A tensor of the same shape. It is not finite where an input is not, or where the mean does not fit ``dtype``.
     """
-    if weights is None:
-        weights = [1.0] * len(tensors)
-    # Floating point addition is not associative. Summing in the order of the bytes makes the order in which the
-    # models were named irrelevant, also where float64 has to round.
-    ordered = sorted(zip(weights, tensors, strict=True), key=lambda pair: (pair[0], _bytes(pair[1])))
-    (first_weight, first), *others = ordered
-    # The sum starts with the first term, not with 0: 0 + (-0.0) would lose the sign of a zero.
-    total = first.double() * first_weight
-    for weight, tensor in others:
-        total += tensor.double() * weight
-    # Dividing the sum, instead of adding x_i * (w_i / sum w), keeps the mean of K equal values exact.
-    return round_once(total / sum(weight for weight, _ in ordered), dtype)
+    weights = [1.0] * len(tensors) if weights is None else weights
+    out = torch.empty(tensors[0].shape, dtype=dtype)
+    flat = out.view(-1)
+    for begin in range(0, flat.numel(), BLOCK):
+        blocks = [tensor.view(-1)[begin : begin + BLOCK] for tensor in tensors]
+        _, exact = scan_values(blocks)
+        total = weighted_sum(blocks, weights, exact)
+        flat[begin : begin + BLOCK] = round_once(divide(total, weights), dtype)
+    return out
+
+
+def divide(total: Tensor, weights: Sequence[float]) -> Tensor:
+    """Divide a weighted sum, in place, by the sum of its weights.
+
+    Dividing the sum, instead of adding x_i * (w_i / sum w), keeps the mean of K equal values exact.
+    """
+    whole = sum(sorted(weights))
+    return total if whole == 1 else total.div_(whole)
+
+
+def weighted_sum(values: Sequence[Tensor], weights: Sequence[float], exact: bool) -> Tensor:
+    """sum_i w_i * x_i in float64 (a new tensor), the same for every order of the pairs.
+
+    Values of one weight are added first, weights ascend. Sums that float64 has to round are taken in the order of the
+    values' size, element by element.
+
+    Args:
+        values: K tensors of one shape.
+        weights: K finite numbers.
+        exact: sums of the values are exact in float64 (``scan_values``).
+    """
+    groups: dict[float, list[Tensor]] = {}
+    for value, weight in zip(values, weights, strict=True):
+        groups.setdefault(weight, []).append(value)
+    total: Tensor | None = None
+    for weight in sorted(groups):
+        part = _plain_sum(groups[weight], exact)
+        if weight != 1:
+            part.mul_(weight)
+        # The sum starts with the first term, not with 0: 0 + (-0.0) would lose the sign of a zero.
+        total = part if total is None else total.add_(part)
+    assert total is not None, "nothing to add"
+    return total
+
+
+def _plain_sum(values: Sequence[Tensor], exact: bool) -> Tensor:
+    if not exact and len(values) > 2:  # the sum of two does not depend on their order
+        values = list(torch.sort(torch.stack([value.double() for value in values]), dim=0).values)
+    total = values[0].to(torch.float64, copy=True)
+    for value in values[1:]:
+        # Converted first: torch adds unlike types at half the speed.
+        total.add_(value.double())
+    return total
+
+
+def scan_values(tensors: Sequence[Tensor], terms: int | None = None) -> tuple[bool, bool]:
+    """Whether all values are finite, and whether float64 holds every sum of ``terms`` of these values exactly.
+
+    Floating point values are whole multiples of the last bit of the smallest among them; sums stay exact as long as
+    ``terms`` times the largest needs at most 53 of these bits.
+
+    Args:
+        tensors: K tensors of ``AVERAGED_DTYPES``, contiguous, on the CPU.
+        terms: None: K, one value of each.
+    """
+    terms = len(tensors) if terms is None else terms
+    highest, lowest = -(1 << 30), 1 << 30  # exponents: above every value, of the last bit of every value
+    for tensor in tensors:
+        if not tensor.numel():
+            continue
+        kind, fraction, bias = _BITS[tensor.dtype], _FRACTION_BITS[tensor.dtype], _BIAS[tensor.dtype]
+        bits = tensor.view(torch.int32 if kind is np.uint32 else torch.int16).numpy().view(kind)
+        magnitude = np.bitwise_and(bits, kind(np.iinfo(kind).max >> 1))
+        largest = int(magnitude.max())
+        if largest >> fraction == (1 << (kind().itemsize * 8 - 1 - fraction)) - 1:  # the exponent of inf and NaN
+            return False, False
+        np.subtract(magnitude, kind(1), out=magnitude)  # a zero becomes the largest number, so it does not count
+        smallest = int(magnitude.min()) + 1
+        if largest == 0:
+            continue
+        highest = max(highest, max(largest >> fraction, 1) - bias + 1)
+        lowest = min(lowest, max(smallest >> fraction, 1) - bias - fraction)
+    return True, highest - lowest + (terms - 1).bit_length() <= _FLOAT64_BITS
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; of a contiguous tensor of ``AVERAGED_DTYPES`` on the CPU."""
+    return scan_values([tensor])[0]
 
 
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,7 +141,8 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
 
     PyTorch converts float64 to bfloat16 and float16 by way of float32. That rounds twice, and a value a little above
     the middle of two neighbours can fall on the lower one. Rounding to float32 "to odd" first (Boldo and Melquiond
-    2008, "Emulation of FMA and correctly rounded sums") keeps the second rounding right.
+    2008, "Emulation of FMA and correctly rounded sums") keeps the second rounding right. For bfloat16 this is done for
+    the few values alone whose float32 is the middle of two neighbours: elsewhere both ways agree.
 
     Args:
         values: float64, any shape.
@@ -60,13 +151,21 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     nearest = values.float()
     if dtype == torch.float32:
         return nearest
+    if dtype == torch.float16:
+        return _to_odd(values, nearest).to(dtype)
+    rounded = nearest.to(dtype)
+    low = np.bitwise_and(nearest.view(-1).view(torch.int32).numpy().view(np.uint32), np.uint32(0xFFFF))
+    middles = np.flatnonzero(low == _MIDDLE)
+    if middles.size:
+        where = torch.from_numpy(middles)
+        rounded.view(-1)[where] = _to_odd(values.reshape(-1)[where], nearest.view(-1)[where]).to(dtype)
+    return rounded
+
+
+def _to_odd(values: Tensor, nearest: Tensor) -> Tensor:
+    """float64 to float32, inexact values to the neighbour with an odd last bit; ``nearest`` are the values rounded."""
     back = nearest.double()
     bits = nearest.view(torch.int32)
     # Sign and magnitude: one less in the bits is one step towards zero, whatever the sign.
     towards_zero = torch.where(back.abs() > values.abs(), bits - 1, bits)
-    odd = torch.where(back != values, towards_zero | 1, bits)
-    return odd.view(torch.float32).to(dtype)
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return torch.where(back != values, towards_zero | 1, bits).view(torch.float32)

@@ -1,26 +1,80 @@
 """Which arithmetic each tensor of a merge gets.
 
-A rule turns the aligned pieces of one tensor, one of each model (and of the base, last), into a piece of the result.
+A rule turns the aligned pieces of one tensor, one of each model (and of the base, last), into a piece of the result. A
+method that has to know a whole tensor first (its angles, its largest values) makes passes over it before.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from keye_train.merging.methods import average, round_once
-from keye_train.merging.streaming import ExportReader
+from keye_train.merging.deltas import DeltaRule, mask_keys, trim_thresholds
+from keye_train.merging.geometry import (
+    block_products,
+    slerp_coefficients,
+    spherical_coefficients,
+    stock_ratio,
+    total_products,
+)
+from keye_train.merging.methods import BLOCK, divide, round_once, scan_values, weighted_sum
 from keye_train.settings import MergeMethod, MergeSettings, SettingsError
+from keye_train.settings.merging import TIES_DENSITY
 
-Rule = Callable[[Sequence[Tensor], torch.dtype], Tensor]
+AnyScan = Callable[[Callable[[Sequence[Tensor], int], Any]], Any]
+"""``deltas.Scan`` of any result."""
 
-PARALLEL = 1e-8
-"""1 - |cos| below which SLERP is the straight line: there they differ by less than float32 can hold."""
+
+class Rule(Protocol):
+    """Merges aligned flat pieces that start at the value ``begin`` of a tensor into ``out``.
+
+    Returns:
+        Whether the values allow it: all inputs and results are finite; copies agree.
+    """
+
+    def __call__(self, pieces: Sequence[Tensor], begin: int, out: Tensor) -> bool:
+        """Merge; see above."""
+
+
+@dataclass(frozen=True)
+class LinearRule:
+    """sum_i w_i x_i, or with ``mean`` that sum divided by sum_i w_i; models of weight 0 only have to be finite."""
+
+    weights: Sequence[float]
+    mean: bool
+
+    def __call__(self, pieces: Sequence[Tensor], begin: int, out: Tensor) -> bool:
+        """As a ``Rule``."""
+        used = [i for i, weight in enumerate(self.weights) if weight]
+        weights = [self.weights[i] for i in used]
+        for start in range(0, out.numel(), BLOCK):
+            blocks = [piece[start : start + BLOCK] for piece in pieces]
+            finite, exact = scan_values(blocks)
+            if not finite:
+                return False
+            # Adding 0 * x would turn -0.0 into 0.0.
+            total = weighted_sum([blocks[i] for i in used], weights, exact)
+            out[start : start + BLOCK] = round_once(divide(total, weights) if self.mean else total, out.dtype)
+        return scan_values([out])[0]
+
+
+@dataclass(frozen=True)
+class CopyRule:
+    """The first model's values; with ``equal`` those of all others must be the same."""
+
+    equal: bool
+
+    def __call__(self, pieces: Sequence[Tensor], begin: int, out: Tensor) -> bool:
+        """As a ``Rule``."""
+        first = pieces[0]
+        out.copy_(first)
+        raw = first.view(torch.uint8)
+        return not self.equal or all(torch.equal(raw, piece.view(torch.uint8)) for piece in pieces[1:])
 
 
 def trajectory_weights(method: MergeMethod, count: int, decay: float | None) -> list[float]:
@@ -29,7 +83,7 @@ def trajectory_weights(method: MergeMethod, count: int, decay: float | None) -> 
     wma: w_i = i, linearly rising; the mean trails the newest checkpoint by a third of the window, not by half.
     ema: the closed form of a_1 = theta_1, a_i = decay * a_(i-1) + (1 - decay) * theta_i (Tarvainen and Valpola 2017,
     "Mean teachers", equation 1). For a run whose learning rate still moves. LAWA (Kaddour 2022, "Stop wasting my
-    time!") is the uniform mean of the last K checkpoints: method=uniform with these K models.
+    time!") weighs all alike.
     """
     if method == MergeMethod.wma:
         return [float(i) for i in range(1, count + 1)]
@@ -38,48 +92,18 @@ def trajectory_weights(method: MergeMethod, count: int, decay: float | None) -> 
 
 
 def model_weights(settings: MergeSettings) -> list[float]:
-    """The weight of each model, before any normalisation; uniform: all 1."""
+    """The weight of each model, before any normalisation; uniform, lawa, model_stock: all 1."""
     if settings.method in (MergeMethod.wma, MergeMethod.ema):
         return trajectory_weights(settings.method, len(settings.models), settings.decay)
     return list(settings.weights or [1.0] * len(settings.models))
 
 
-def task_arithmetic(tensors: Sequence[Tensor], base: Tensor, weights: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """theta = base + sum_i w_i * (theta_i - base), in float64, rounded once.
-
-    Ilharco et al. 2023, "Editing models with task arithmetic", section 2. To add what several fine-tunings of one
-    base learned, or, with a negative weight, to take something away. Terms are added in an order of their own, so the
-    order of the models does not matter; models equal to the base give the base, bit for bit.
-
-    Args:
-        tensors: K tensors of one shape, on the CPU.
-        base: their common parent, of the same shape.
-        weights: K finite numbers.
-        dtype: float32, bfloat16 or float16.
-    """
-    origin = base.double()
-    pairs = sorted(
-        zip(weights, tensors, strict=True), key=lambda pair: (pair[0], pair[1].view(torch.uint8).numpy().tobytes())
-    )
-    delta = torch.zeros_like(origin)
-    for weight, tensor in pairs:
-        delta += weight * (tensor.double() - origin)
-    # base + 0 would lose the sign of a zero.
-    return round_once(torch.where(delta == 0, origin, origin + delta), dtype)
-
-
-def slerp_coefficients(cosine: float, weights: Sequence[float]) -> tuple[float, float]:
-    """Factors of the two vectors of SLERP: sin((1 - t) Omega) / sin Omega and sin(t Omega) / sin Omega.
-
-    Shoemake 1985, "Animating rotation with quaternion curves", section 3.3; cos Omega = ``cosine`` is that of the two
-    tensors as flat vectors, t = w_2 / (w_1 + w_2). Keeps the norm where a straight line between far models would
-    shorten it. Vectors along one line have no arc of their own and get the straight line.
-    """
-    left, right = (weight / sum(weights) for weight in weights)
-    if 1 - abs(cosine) < PARALLEL:
-        return left, right
-    angle = math.acos(cosine)
-    return math.sin(left * angle) / math.sin(angle), math.sin(right * angle) / math.sin(angle)
+def tensor_weights(settings: MergeSettings, name: str) -> list[float]:
+    """The weight of each model in one tensor: that of the first pattern of ``modules`` that matches, or the model's."""
+    for pattern, chosen in settings.modules.items():
+        if fnmatchcase(name, pattern):
+            return list(chosen)
+    return model_weights(settings)
 
 
 def check_patterns(settings: MergeSettings, names: Sequence[str]) -> None:
@@ -89,45 +113,53 @@ def check_patterns(settings: MergeSettings, names: Sequence[str]) -> None:
             raise SettingsError(f"modules: {pattern} matches no tensor of the models: mend the pattern or drop it")
 
 
-def rule_for(settings: MergeSettings, readers: Sequence[ExportReader], name: str) -> Rule:
-    """The rule of one tensor; SLERP reads the tensor once for it."""
-    weights = model_weights(settings)
-    if settings.method == MergeMethod.task_arithmetic:
-        return lambda pieces, dtype: task_arithmetic(pieces[:-1], pieces[-1], weights, dtype)
-    if settings.method == MergeMethod.slerp:
-        factors = slerp_coefficients(_cosine(readers, name), weights)
+def rule_for(settings: MergeSettings, name: str, weights: Sequence[float], elements: int, scan: AnyScan) -> Rule:
+    """The rule of one tensor.
+
+    Args:
+        settings: method and its values.
+        name: of the tensor.
+        weights: of the models that have the tensor, in their order.
+        elements: of the tensor.
+        scan: passes over its pieces, see ``deltas.Scan``.
+
+    Raises:
+        ValueError: its directions have no mean on the sphere.
+    """
+    method, count = settings.method, len(weights)
+    if method == MergeMethod.task_arithmetic:
+        return DeltaRule(weights)
+    if method in (MergeMethod.ties, MergeMethod.dare_linear, MergeMethod.dare_ties):
+        return _delta_rule(settings, name, weights, elements, scan)
+    if elements and method in (MergeMethod.slerp, MergeMethod.spherical, MergeMethod.model_stock):
+        if method == MergeMethod.model_stock:
+            blocks = scan(lambda pieces, begin: block_products(pieces[:-1], pieces[-1]))
+            ratio = stock_ratio(total_products([one for part in blocks for one in part]))
+            return LinearRule([ratio / count] * count + [1 - ratio], mean=False)
+        blocks = scan(lambda pieces, begin: block_products(pieces, None))
+        products = total_products([one for part in blocks for one in part])
+        if method == MergeMethod.spherical or count != 2:
+            factors = spherical_coefficients(products, weights)
+        else:
+            length = (products[0][0] * products[1][1]) ** 0.5
+            factors = list(slerp_coefficients(products[0][1] / length if length else 1.0, weights))
         if sum(factors) != 1 or 0 in factors:
-            return lambda pieces, dtype: _linear(pieces, factors, dtype)
-    for pattern, chosen in settings.modules.items():
-        if fnmatchcase(name, pattern):
-            weights = chosen
-            break
-    return lambda pieces, dtype: _average_of_parts(pieces, weights, dtype)
+            return LinearRule(factors, mean=False)
+    if method == MergeMethod.model_stock:
+        return LinearRule([1.0] * count + [0.0], mean=True)
+    return LinearRule(weights, mean=True)
 
 
-def _average_of_parts(pieces: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype) -> Tensor:
-    # A model of weight 0 takes no part: adding 0 * x would turn -0.0 into 0.0. Broken values are still an error.
-    if not all(torch.isfinite(piece).all() for piece, weight in zip(pieces, weights, strict=True) if not weight):
-        return torch.full_like(pieces[0], torch.nan, dtype=dtype)
-    parts = [(piece, weight) for piece, weight in zip(pieces, weights, strict=True) if weight]
-    return average([piece for piece, _ in parts], [weight for _, weight in parts], dtype)
-
-
-def _linear(pieces: Sequence[Tensor], factors: Sequence[float], dtype: torch.dtype) -> Tensor:
-    if not all(torch.isfinite(piece).all() for piece in pieces):
-        return torch.full_like(pieces[0], torch.nan, dtype=dtype)
-    terms = [piece.double() * factor for piece, factor in zip(pieces, factors, strict=True) if factor]
-    return round_once(terms[0] if len(terms) == 1 else terms[0] + terms[1], dtype)
-
-
-def _cosine(readers: Sequence[ExportReader], name: str) -> float:
-    """Cosine of the two models' tensors as flat vectors, in float64; 1 where one is all zeros (no direction)."""
-    dot, left_square, right_square = 0.0, 0.0, 0.0
-    for left, right in zip(*(reader.pieces(name) for reader in readers), strict=True):
-        x, y = left.double().numpy(), right.double().numpy()
-        # NumPy's sums run in one thread in a fixed order: the same bits for any number of threads.
-        dot += float(np.sum(x * y))
-        left_square += float(np.sum(x * x))
-        right_square += float(np.sum(y * y))
-    norms = math.sqrt(left_square) * math.sqrt(right_square)
-    return dot / norms if norms else 1.0
+def _delta_rule(
+    settings: MergeSettings, name: str, weights: Sequence[float], elements: int, scan: AnyScan
+) -> DeltaRule:
+    scale = 1.0 if settings.scale is None else settings.scale
+    if settings.method == MergeMethod.ties:
+        density = TIES_DENSITY if settings.density is None else settings.density
+        trims = elements > 0 and density < 1
+        thresholds = trim_thresholds(scan, len(weights), elements, density) if trims else None
+        return DeltaRule(weights, elect=True, scale=scale, thresholds=thresholds)
+    assert settings.density is not None, "the settings ask for a density"
+    keys = mask_keys(scan, len(weights), name, settings.seed or 0)
+    elect = settings.method == MergeMethod.dare_ties
+    return DeltaRule(weights, elect=elect, scale=scale, keys=keys, density=settings.density)

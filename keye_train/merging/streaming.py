@@ -1,8 +1,8 @@
-"""Exports on disk, read and written a piece at a time.
+"""The engine: many threads read, merge and write pieces of tensors; the files have the same bits for any number.
 
-A safetensors file is: 8 bytes, the length N of the header, little-endian; N bytes of JSON,
-``{name: {"dtype", "shape", "data_offsets": [begin, end]}}``; then the bytes of the tensors. Knowing the headers, the
-whole output is laid out before the first tensor is read, so memory stays at a few pieces for models of any size.
+Knowing all headers, the whole output is laid out before the first value is read. So a piece of the result has its place
+whoever computes it, memory stays at a few pieces for models of any size, and SHA-256 of a file is taken in order while
+later pieces are computed.
 """
 
 from __future__ import annotations
@@ -11,50 +11,51 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+import queue
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from keye_train.settings import SettingsError
+from keye_train.merging.methods import BLOCK
+from keye_train.merging.places import DTYPE_NAMES, WEIGHTS, WEIGHTS_INDEX, ExportError, TensorPlace, tensor_places
+from keye_train.merging.reading import PIECE_ELEMENTS, Buffers, ExportReader, Files
 
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-PIECE_ELEMENTS = 1 << 20  # of one tensor, handled at a time: small enough for the caches, large enough for the disk
+__all__ = [
+    "PIECE_ELEMENTS",
+    "ExportError",
+    "ExportReader",
+    "Files",
+    "PlannedTensor",
+    "ShardFile",
+    "TensorPlace",
+    "Workers",
+    "plan_shards",
+    "sha256_of",
+    "tensor_places",
+    "write_index",
+]
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+T = TypeVar("T")
 
-
-class ExportError(SettingsError):
-    """Files of an export that cannot be read."""
+BUDGET_BYTES = 256 << 20  # for the pieces of all threads together
+HASH_BYTES = 1 << 20
+FLUSH_BYTES = 128 << 20  # written before the disk is told to begin; the rest of its cache is then never large
 
 
 @dataclass(frozen=True)
-class TensorPlace:
-    """Where one tensor stands."""
+class PlannedTensor:
+    """One tensor of an output shard."""
 
     name: str
-    file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    begin_byte: int  # from the start of the file
 
     @property
     def elements(self) -> int:
@@ -67,116 +68,8 @@ class TensorPlace:
         return self.elements * self.dtype.itemsize
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of an export, in the order of their names.
-
-    Raises:
-        FileNotFoundError: there are none, or the index names one that is absent.
-    """
-    index = folder / WEIGHTS_INDEX
-    if not index.exists():
-        names = [WEIGHTS]
-    else:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    for name in names:
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder / name} is missing: the export is not whole; write it again")
-    return [folder / name for name in names]
-
-
-def tensor_places(folder: Path) -> dict[str, TensorPlace]:
-    """All tensors of an export, in the order in which they lie on the disk.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ExportError: a file is cut off, is no safetensors file, or repeats a tensor of another file.
-    """
-    places: dict[str, TensorPlace] = {}
-    for file in weight_files(folder):
-        for place in _read_header(file):
-            if place.name in places:
-                raise ExportError(f"{file} repeats the tensor {place.name} of {places[place.name].file}")
-            places[place.name] = place
-    return places
-
-
-def _read_header(file: Path) -> list[TensorPlace]:
-    size = file.stat().st_size
-    broken = f"{file} is not a whole safetensors file"
-    with file.open("rb") as handle:
-        header_bytes = int.from_bytes(handle.read(8), "little")
-        if size < 8 or header_bytes > size - 8:
-            raise ExportError(
-                f"{broken}: it has {size} bytes and its header alone claims {header_bytes}; copy it again"
-            )
-        try:
-            header = json.loads(handle.read(header_bytes))
-        except ValueError as error:
-            raise ExportError(f"{broken}: its header is no JSON ({error}); copy it again") from error
-    header.pop("__metadata__", None)
-    places = []
-    end = 8 + header_bytes
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
-        if entry["dtype"] not in DTYPES:
-            raise ExportError(f"{file}: tensor {name} has dtype {entry['dtype']}; known are {sorted(DTYPES)}")
-        begin = 8 + header_bytes + entry["data_offsets"][0]
-        places.append(TensorPlace(name, file, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin))
-        end = begin + places[-1].n_bytes
-    if end != size:
-        raise ExportError(f"{broken}: its header promises {end} bytes, it has {size}; copy it again")
-    return places
-
-
-class ExportReader:
-    """Reads pieces of tensors; files stay open until ``close``."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.places = tensor_places(folder)
-        self._files = ExitStack()
-        self._handles: dict[Path, BufferedReader] = {}
-
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """Yield the tensor as flat pieces of at most ``PIECE_ELEMENTS`` values, in order."""
-        place = self.places[name]
-        if place.file not in self._handles:
-            self._handles[place.file] = self._files.enter_context(place.file.open("rb"))
-        handle = self._handles[place.file]
-        for begin in range(0, place.elements, PIECE_ELEMENTS):
-            count = min(PIECE_ELEMENTS, place.elements - begin)
-            buffer = bytearray(count * place.dtype.itemsize)
-            # Each piece seeks for itself: pieces of several tensors of one file may be read in turns.
-            handle.seek(place.begin_byte + begin * place.dtype.itemsize)
-            if handle.readinto(buffer) != len(buffer):
-                raise ExportError(f"{place.file} ended inside {name}: it was changed while it was read")
-            yield torch.frombuffer(buffer, dtype=place.dtype)
-
-    def close(self) -> None:
-        """Close the files."""
-        self._files.close()
-        self._handles.clear()
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of an output shard."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of the values."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 def plan_shards(tensors: Sequence[PlannedTensor], max_shard_bytes: int) -> dict[str, list[PlannedTensor]]:
-    """File name -> its tensors: in the given order, at most ``max_shard_bytes`` of values a file.
-
-    A tensor larger than that gets a file of its own. One file is called model.safetensors, several
-    model-00001-of-0000N.safetensors, as in the official layout.
-    """
+    """File name -> tensors, in order; a file has at most ``max_shard_bytes``, or one larger tensor."""
     shards: list[list[PlannedTensor]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -201,53 +94,144 @@ def write_index(folder: Path, shards: dict[str, list[PlannedTensor]]) -> None:
     (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-class ShardWriter:
-    """Writes one safetensors file front to back and hashes it on the way; use as a context manager."""
+class Workers:
+    """Threads that work on pieces; use as a context manager.
+
+    Args:
+        threads: how many; 0: twice the processors, so that some compute while others wait for the disk.
+        models: pieces that one piece of work reads.
+    """
+
+    def __init__(self, threads: int, models: int) -> None:
+        self.threads = threads or 2 * len(os.sched_getaffinity(0))
+        blocks = BUDGET_BYTES // (self.threads * (models + 4) * BLOCK * 4)
+        self.piece_elements = BLOCK * max(1, min(PIECE_ELEMENTS // BLOCK, blocks))
+        """Values of one tensor that one piece of work takes: a multiple of BLOCK."""
+        self.buffers = Buffers()
+        self.outputs: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        """Memory for results: taken by a worker, given back by who used the result."""
+        for _ in range(2 * self.threads + 1):
+            self.outputs.put(torch.empty(0, dtype=torch.uint8))
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="merge")
+
+    def in_order(self, tasks: Iterable[Callable[[], T]]) -> Generator[T]:
+        """Results of the tasks in their order; a few tasks are under way or waiting at a time.
+
+        Closing the generator early waits for those under way and drops those that wait.
+        """
+        running: deque[Future[T]] = deque()
+        try:
+            for task in tasks:
+                if len(running) >= 2 * self.threads:
+                    yield running.popleft().result()
+                running.append(self._pool.submit(task))
+            while running:
+                yield running.popleft().result()
+        finally:
+            wait([future for future in running if not future.cancel()])
+
+    def __enter__(self) -> Workers:
+        # Each thread works on pieces of its own; threads inside of one operation would only contend.
+        self._torch_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(self._torch_threads)
+
+
+class ShardFile:
+    """One safetensors file, written at any place by any thread and hashed in order; use as a context manager.
+
+    Its whole size is reserved at once, so a full disk shows before the work is done.
+
+    Raises:
+        OSError: the disk is full.
+    """
 
     def __init__(self, file: Path, tensors: Sequence[PlannedTensor]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
+        begins = {}
         for tensor in tensors:
-            begin, end = end, end + tensor.n_bytes
+            begins[tensor.name], end = end, end + tensor.n_bytes
             header[tensor.name] = {
                 "dtype": DTYPE_NAMES[tensor.dtype],
                 "shape": list(tensor.shape),
-                "data_offsets": [begin, end],
+                "data_offsets": [begins[tensor.name], end],
             }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # so that the values start at a multiple of 8 bytes
+        head = len(text).to_bytes(8, "little") + text
         self.file = file
-        self._size = 8 + len(text) + end
+        self._begins = {name: len(head) + begin for name, begin in begins.items()}
+        self._size = len(head) + end
         self._digest = hashlib.sha256()
-        self._handle = file.open("wb")
-        self._write(len(text).to_bytes(8, "little") + text)
+        self._hashed = self._flushed = 0
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
+        self._flush: Future[None] | None = None
+        self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            os.posix_fallocate(self._descriptor, 0, self._size)
+            self._write(memoryview(head), 0)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        self._hash(memoryview(head))
 
-    def append(self, piece: Tensor) -> None:
-        """Write the next values; tensors and their pieces come in the planned order."""
-        self._write(piece.contiguous().view(torch.uint8).numpy().data)
+    def write(self, name: str, begin: int, piece: Tensor) -> None:
+        """Write the values of a tensor from the value ``begin`` on; from any thread."""
+        self._write(_raw(piece), self._begins[name] + begin * piece.dtype.itemsize)
+
+    def hash(self, piece: Tensor) -> None:
+        """Take the next values of the file into its checksum; in the order of the file."""
+        self._hash(_raw(piece))
+        if self._hashed - self._flushed >= FLUSH_BYTES and (self._flush is None or self._flush.done()):
+            if self._flush is not None:
+                self._flush.result()
+            self._flushed = self._hashed
+            self._flush = self._flusher.submit(os.fdatasync, self._descriptor)
 
     @property
     def sha256(self) -> str:
         """Hash of the file; valid once all is written."""
         return self._digest.hexdigest()
 
-    def _write(self, data: bytes | memoryview) -> None:
-        self._handle.write(data)
-        self._digest.update(data)
+    def _write(self, data: memoryview, at: int) -> None:
+        while data:
+            written = os.pwrite(self._descriptor, data, at)
+            data, at = data[written:], at + written
 
-    def __enter__(self) -> ShardWriter:
+    def _hash(self, data: memoryview) -> None:
+        self._digest.update(data)
+        self._hashed += len(data)
+
+    def __enter__(self) -> ShardFile:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
-        assert kind is not None or self._handle.tell() == self._size, "values and header disagree"
-        self._handle.close()
+        self._flusher.shutdown(wait=True)
+        try:
+            if kind is None:
+                assert self._hashed == self._size, "values and header disagree"
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+
+
+def _raw(piece: Tensor) -> memoryview:
+    return piece.view(-1).view(torch.uint8).numpy().data
 
 
 def sha256_of(file: Path) -> str:
     """SHA-256 of a file's bytes."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(HASH_BYTES))
+    with file.open("rb", buffering=0) as handle:
+        while count := handle.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()

@@ -55,7 +55,13 @@ class MergeMethod(str, Enum):
 
     uniform = "uniform"
     weighted = "weighted"
+    lawa = "lawa"  # the mean of the last checkpoints of a run
     wma = "wma"  # weights 1, 2, ..., K along a trajectory
     ema = "ema"  # weights that decay into the past of a trajectory
     slerp = "slerp"  # along the arc between two models
+    spherical = "spherical"  # the mean on the sphere of any number of models
     task_arithmetic = "task_arithmetic"  # base + weighted sum of the models' deltas to it
+    ties = "ties"  # deltas trimmed, their signs elected, the agreeing ones averaged
+    dare_linear = "dare_linear"  # deltas thinned at random and scaled up, then task arithmetic
+    dare_ties = "dare_ties"  # the same, then TIES
+    model_stock = "model_stock"  # from the mean towards the base, as far as the angles say

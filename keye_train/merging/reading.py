@@ -1,0 +1,138 @@
+"""Pieces of tensors read from any thread, into memory that is used again."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from keye_train.merging.methods import AVERAGED_DTYPES
+from keye_train.merging.places import ExportError, TensorPlace, tensor_places
+
+PIECE_ELEMENTS = 1 << 20  # of one tensor, handled at a time: small enough for the caches, large enough for the disk
+
+
+class Files:
+    """Open files by path; each is opened once, and read at any place by any thread."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def descriptor(self, file: Path) -> int:
+        """The descriptor of a file, opened for reading."""
+        with self._lock:
+            if file not in self._open:
+                self._open[file] = os.open(file, os.O_RDONLY)
+            return self._open[file]
+
+    def read(self, place: TensorPlace, begin: int, into: Tensor) -> None:
+        """Fill ``into`` [N] (of the place's type, contiguous) with the values ``begin`` to ``begin + N``.
+
+        Raises:
+            ExportError: a file ends too early.
+        """
+        target = into.view(torch.uint8).numpy().data
+        item = place.dtype.itemsize
+        at = 0  # value of the tensor at which a span starts
+        for span in place.spans:
+            first, last = max(begin, at), min(begin + into.numel(), at + span.elements)
+            if first < last:
+                part = target[(first - begin) * item : (last - begin) * item]
+                self._fill(span.file, span.begin_byte + (first - at) * item, part, place.name)
+            at += span.elements
+
+    def expect(self, place: TensorPlace, begin: int, count: int) -> None:
+        """Tell the system that these values will be read soon, so that it fetches them ahead."""
+        item = place.dtype.itemsize
+        at = 0
+        for span in place.spans:
+            first, last = max(begin, at), min(begin + count, at + span.elements)
+            if first < last:
+                start = span.begin_byte + (first - at) * item
+                os.posix_fadvise(self.descriptor(span.file), start, (last - first) * item, os.POSIX_FADV_WILLNEED)
+            at += span.elements
+
+    def _fill(self, file: Path, at: int, target: memoryview, name: str) -> None:
+        descriptor = self.descriptor(file)
+        while target:
+            n_read = os.preadv(descriptor, [target], at)
+            if not n_read:
+                raise ExportError(f"{file} ended inside {name}: it was changed while it was read")
+            target, at = target[n_read:], at + n_read
+
+    def close(self) -> None:
+        """Close all files."""
+        with self._lock:
+            for descriptor in self._open.values():
+                os.close(descriptor)
+            self._open.clear()
+
+
+class Buffers(threading.local):
+    """Memory of one thread, by slot, that grows to what was asked for and is used again."""
+
+    def __init__(self) -> None:
+        self._memory: dict[int, Tensor] = {}
+
+    def take(self, slot: int, count: int, dtype: torch.dtype) -> Tensor:
+        """[count] of ``dtype``; what the slot gave before is overwritten."""
+        n_bytes = count * dtype.itemsize
+        memory = self._memory.get(slot)
+        if memory is None or memory.numel() < n_bytes:
+            memory = self._memory[slot] = torch.empty(n_bytes, dtype=torch.uint8)
+        return memory[:n_bytes].view(dtype)
+
+
+class ExportReader:
+    """One model: where its tensors lie, and their values a piece at a time.
+
+    Args:
+        folder: with config.json and the tokenizer's files.
+        places: of the tensors; None: those of the safetensors files in ``folder``.
+        written_dtype: of the model that these values stand for, where they are stored in a wider one.
+        origin: what the user named; None: the folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        places: dict[str, TensorPlace] | None = None,
+        written_dtype: torch.dtype | None = None,
+        origin: Path | None = None,
+    ) -> None:
+        self.folder = folder
+        self.origin = origin or folder
+        self.places = tensor_places(folder) if places is None else places
+        self.written_dtype = written_dtype
+        self.files = Files()
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Type of a tensor of the model."""
+        stored = self.places[name].dtype
+        return stored if self.written_dtype is None or stored not in AVERAGED_DTYPES else self.written_dtype
+
+    def add_alias(self, name: str, of: str) -> None:
+        """Let ``name`` be a second name of the tensor ``of``."""
+        self.places[name] = replace(self.places[of], name=name)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Yield the tensor as flat pieces of at most ``PIECE_ELEMENTS`` values, in order; each is memory of its own."""
+        place = self.places[name]
+        for begin in range(0, place.elements, PIECE_ELEMENTS):
+            piece = torch.empty(min(PIECE_ELEMENTS, place.elements - begin), dtype=place.dtype)
+            self.files.read(place, begin, piece)
+            yield piece
+
+    def weight_files(self) -> list[Path]:
+        """Every file that holds values, in the order of their paths."""
+        return sorted({span.file for place in self.places.values() for span in place.spans})
+
+    def close(self) -> None:
+        """Close the files."""
+        self.files.close()

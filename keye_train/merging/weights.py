@@ -1,0 +1,154 @@
+"""From models and their accounts to the shards of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from keye_train.merging.accounting import Accounts, Share
+from keye_train.merging.compatibility import MergeError, value_problems
+from keye_train.merging.methods import scan_values
+from keye_train.merging.reading import ExportReader
+from keye_train.merging.rules import CopyRule, LinearRule, Rule, rule_for, tensor_weights
+from keye_train.merging.streaming import PlannedTensor, ShardFile, Workers
+from keye_train.settings import MergeSettings
+from keye_train.settings.merge_methods import METHODS
+
+
+class _Refused(Exception):
+    """The values of a tensor cannot be merged; which and why is looked up for all tensors then."""
+
+
+def merge_weights(
+    folder: Path,
+    readers: Sequence[ExportReader],
+    shards: dict[str, list[PlannedTensor]],
+    accounts: Accounts,
+    settings: MergeSettings,
+    progress: bool,
+) -> Iterator[tuple[str, str]]:
+    """Write every shard; yields file name and SHA-256 of each that is whole and on the disk.
+
+    Raises:
+        MergeError: values that are not finite, or unequal tensors of a type that is not averaged.
+    """
+    n_bytes = sum(tensor.n_bytes for tensors in shards.values() for tensor in tensors)
+    quiet = None if progress else True  # None: no bar where stderr is no terminal
+    with (
+        Workers(settings.threads, len(readers)) as workers,
+        tqdm(total=n_bytes, unit="B", unit_scale=True, desc="merge", disable=quiet) as bar,
+    ):
+        for file, tensors in shards.items():
+            with ShardFile(folder / file, tensors) as shard:
+                job = _ShardJob(readers, accounts, settings, workers, shard)
+                # Closed before the file is: no worker writes into a file that is closed.
+                with closing(workers.in_order(job.tasks(tensors))) as results:
+                    for memory, piece in results:
+                        if piece is None:
+                            raise MergeError(job.reasons())
+                        shard.hash(piece)
+                        bar.update(piece.nbytes)
+                        workers.outputs.put(memory)
+            yield file, shard.sha256
+
+
+class _ShardJob:
+    """The pieces of work of one shard."""
+
+    def __init__(
+        self,
+        readers: Sequence[ExportReader],
+        accounts: Accounts,
+        settings: MergeSettings,
+        workers: Workers,
+        shard: ShardFile,
+    ) -> None:
+        self.readers, self.accounts, self.settings = readers, accounts, settings
+        self.workers, self.shard = workers, shard
+        self.current = ""
+
+    def tasks(self, tensors: Sequence[PlannedTensor]) -> Iterator[Callable[[], tuple[Tensor, Tensor | None]]]:
+        """One task for each piece, in the order of the file."""
+        for tensor in tensors:
+            self.current = tensor.name
+            share = self.accounts.shares[tensor.name]
+            rule = self._rule(share)
+            for begin, count in self._pieces(tensor):
+                self._read_ahead(share, begin + count)
+                yield partial(self._merge_piece, share, rule, begin, count)
+
+    def reasons(self) -> list[str]:
+        """Why the values cannot be averaged, for all tensors and not only for the one that failed first."""
+        shares = self.accounts.shares
+        merged = [name for name, share in shares.items() if share.merged]
+        copied = [name for name, share in shares.items() if share.must_agree]
+        return value_problems(self.readers, merged + copied) or [
+            f"{self.current}: its average does not fit {shares[self.current].planned.dtype}: choose dtype=float32 or "
+            "dtype=bfloat16"
+        ]
+
+    def _rule(self, share: Share) -> Rule:
+        name = share.planned.name
+        if not share.merged:
+            return CopyRule(share.must_agree)
+        if len(share.members) == 1:
+            return LinearRule([1.0], mean=True)
+        has_base = self.settings.base is not None
+        weights = tensor_weights(self.settings, name)
+        weights = [weights[i] for i in (share.members[:-1] if has_base else share.members)]
+        if METHODS[self.settings.method].weights != "factor" and not any(weights):
+            weights = [1.0] * len(weights)  # none of the models that have the tensor was given a weight
+        try:
+            return rule_for(self.settings, name, weights, share.planned.elements, partial(self._scan, share))
+        except _Refused:
+            raise MergeError(self.reasons()) from None
+        except ValueError as error:
+            raise MergeError([f"{name}: {error}; choose another method"]) from error
+
+    def _scan(self, share: Share, look: Callable[[Sequence[Tensor], int], Any]) -> Iterator[Any]:
+        def task(begin: int, count: int) -> Any:
+            pieces = self._read(share, begin, count)
+            if not scan_values(pieces)[0]:
+                raise _Refused
+            return look(pieces, begin)
+
+        return self.workers.in_order(partial(task, begin, count) for begin, count in self._pieces(share.planned))
+
+    def _merge_piece(self, share: Share, rule: Rule, begin: int, count: int) -> tuple[Tensor, Tensor | None]:
+        pieces = self._read(share, begin, count)
+        dtype = share.planned.dtype
+        memory = self.workers.outputs.get()
+        if memory.numel() < count * dtype.itemsize:
+            memory = torch.empty(self.workers.piece_elements * dtype.itemsize, dtype=torch.uint8)
+        out = memory[: count * dtype.itemsize].view(dtype)
+        if not rule(pieces, begin, out):
+            return memory, None
+        self.shard.write(share.planned.name, begin, out)
+        return memory, out
+
+    def _read(self, share: Share, begin: int, count: int) -> list[Tensor]:
+        pieces = []
+        for i in share.members:
+            place = self.readers[i].places[share.planned.name]
+            pieces.append(self.workers.buffers.take(i, count, place.dtype))
+            self.readers[i].files.read(place, begin, pieces[-1])
+        return pieces
+
+    def _read_ahead(self, share: Share, begin: int) -> None:
+        ahead = 2 * self.workers.threads * self.workers.piece_elements
+        for i in share.members:
+            place = self.readers[i].places[share.planned.name]
+            if begin < place.elements:
+                self.readers[i].files.expect(place, begin, min(ahead, place.elements - begin))
+
+    def _pieces(self, tensor: PlannedTensor) -> Iterator[tuple[int, int]]:
+        step = self.workers.piece_elements
+        for begin in range(0, tensor.elements, step):
+            yield begin, min(step, tensor.elements - begin)
