@@ -9,12 +9,14 @@ from keye_train.settings import (
     CurveSettings,
     DiagnosisSettings,
     EvaluationSettings,
+    MergeMethod,
     MergeSettings,
     PipelineSettings,
     SettingsError,
     SoupSettings,
     TrainSettings,
 )
+from keye_train.settings.merge_methods import METHODS
 
 EIGHT_B = ["model=keye_8b", "data=keye_example", "model.tokenizer=tokenizer", "model.start.random=true"]
 
@@ -63,10 +65,12 @@ def test_resolution_recipes_hold_the_budgets_of_the_reports(
 
 def test_merge_recipes_compose() -> None:
     for name in compose.choices("merge"):
-        weights = ["weights=[1.0,3.0]"] if name in ("weighted", "task_arithmetic") else []
-        weights += ["base=d"] if name == "task_arithmetic" else []
-        settings = compose.load_settings(MergeSettings, "merge", [f"merge={name}", "models=[a,b]", "out=c", *weights])
+        about = METHODS[MergeMethod(name)]
+        words = ["last=3", "models=[a]"] if "last" in about.needs else ["models=[a,b]"]
+        words += ["weights=[1.0,3.0]"] * (about.weights != "none") + ["base=d"] * ("base" in about.needs)
+        settings = compose.load_settings(MergeSettings, "merge", [f"merge={name}", "out=c", *words])
         assert settings.method.value == name
+    assert compose.choices("merge") == sorted(method.value for method in METHODS)
 
 
 def test_pipeline_recipes_compose_with_every_stage_they_name() -> None:

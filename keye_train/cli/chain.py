@@ -10,6 +10,8 @@ from pathlib import Path
 from keye_train.cli import soups
 from keye_train.cli.common import guarded, recipe_command
 from keye_train.settings import EvaluationSettings, MergeSettings, PipelineSettings
+from keye_train.settings.merge_methods import method_table
+from keye_train.settings.merging import ALLOWED_DIFFERENCES
 
 PIPELINE_HELP = """\
 Run the whole chain of a pipeline recipe: stages, merge, evaluation, report. Finished parts are kept: run the same
@@ -19,15 +21,28 @@ command again to go on after an interruption.
   keye-pipeline pipeline=demo out=runs/other
 """
 MERGE_HELP = """\
-Average checkpoints, one tensor at a time, in fp32 or better.
+Average models, a piece of a tensor at a time: float64 sums, rounded once, in less than 1 GB of memory for any size.
 
   keye-merge models=[runs/demo/stage3_a,runs/demo/stage3_b] out=runs/merged
   keye-merge merge=weighted models=[a,b] weights=[0.7,0.3] out=runs/merged dtype=bfloat16
-  keye-merge merge=ema models=[export-100,export-200,export-300] out=runs/merged       along one run, oldest first
-  keye-merge models=[a,b] out=runs/merged '+modules={mlp_AR.*:[1.0,0.0]}'             the projector of a
+  keye-merge merge=lawa models=[runs/mine] last=5 out=runs/merged            the last 5 checkpoints of a run
+  keye-merge merge=ties models=[ocr,math] weights=[1,1] base=start out=runs/merged
+  keye-merge models=[a,b] out=runs/merged '+modules={{mlp_AR.*:[1.0,0.0]}}'    the projector of a, the mean of the rest
+
+A model is a run folder, an export, RUN/checkpoints/step-N, or any folder of safetensors in Hugging Face's layout. The
+same command goes on after an interruption. SHA-256 of all inputs and outputs stands in the manifest of the result.
+
+Methods: x_i is a tensor of model i of K, b the base's, w_i weights; each tensor by itself.
+
+{methods}
+
+Models that differ are refused, with every difference. Allow some by kind: --allow=missing,dtype (or allow=[...]):
+
+{differences}
 
 Before and around it (each has its own --help):
 
+  keye-merge verify runs/merged              checksums, tensors, values and parents against the manifest
   keye-merge diagnose models=[a,b] base=parent out=runs/diagnosis        are these siblings in one basin?
   keye-merge curve data=demo models=[a,b] out=runs/curve                 held-out loss along the line between two
   keye-merge search data=demo models=[a,b,c] out=runs/soup               greedy soup and weights by held-out loss
@@ -60,6 +75,9 @@ def pipeline_main(argv: Sequence[str] | None = None) -> None:
 def merge_main(argv: Sequence[str] | None = None) -> None:
     """``keye-merge``: average checkpoints; its first word may be another command about averages."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["verify"]:
+        _verify_command(words[1:])
+        return
     if words and words[0] in soups.COMMANDS:
         command = soups.COMMANDS[words[0]]
         name = f"keye-merge {words[0]}"
@@ -72,7 +90,34 @@ def merge_main(argv: Sequence[str] | None = None) -> None:
         print(f"merged model: {merge(settings)}")
         return 0
 
-    recipe_command("keye-merge", MERGE_HELP, MergeSettings, "merge", ("merge",), work, words)
+    allowed = "--allow="
+    words = [f"allow=[{word.removeprefix(allowed)}]" if word.startswith(allowed) else word for word in words]
+    recipe_command("keye-merge", merge_help(), MergeSettings, "merge", ("merge",), work, words)
+
+
+def merge_help() -> str:
+    """The text of ``keye-merge --help``, with the table of methods."""
+    differences = "\n".join(f"  {name:<12}{text}" for name, text in ALLOWED_DIFFERENCES.items())
+    return MERGE_HELP.format(methods=method_table(), differences=differences)
+
+
+def _verify_command(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="keye-merge verify", description="Check a merged model against its manifest; exit code 1 for any fault."
+    )
+    parser.add_argument("out", type=Path, help="folder that keye-merge wrote")
+    arguments = parser.parse_args(words)
+
+    def work() -> int:
+        from keye_train.merging.verify import verify
+
+        verdict = verify(arguments.out)
+        for word, lines in (("ok", verdict.checked), ("not checked", verdict.unchecked), ("FAULT", verdict.faults)):
+            for line in lines:
+                print(f"{word}: {line}")
+        return 1 if verdict.faults else 0
+
+    guarded("keye-merge verify", work)
 
 
 def eval_main(argv: Sequence[str] | None = None) -> None:

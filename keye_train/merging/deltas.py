@@ -37,7 +37,7 @@ class DeltaRule:
     have that sign. The paper has equal weights and trims over the whole model; here it is each tensor for itself, so
     that one pass over a tensor is enough.
 
-    DARE (Yu et al. 2024, "Language models are super Mario", equation 1): values of a delta are kept with probability
+    DARE (Yu et al. 2024, "Language models are super Mario"): values of a delta are kept with probability
     ``density`` and divided by it, then merged as task arithmetic (dare_linear) or as TIES' steps 2 and 3 (dare_ties).
 
     Models equal to the base give the base, bit for bit, and the order of the models changes no bit.

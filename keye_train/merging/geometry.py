@@ -130,7 +130,7 @@ def _product(left: Sequence[float], right: Sequence[float], cosines: Matrix) -> 
 def stock_ratio(products: Matrix) -> float:
     """t of model stock: theta = t * mean_i(theta_i) + (1 - t) * base, for one tensor.
 
-    Jang et al. 2024, "Model stock: all we need is just a few fine-tuned models", equation 6:
+    Jang et al. 2024, "Model stock: all we need is just a few fine-tuned models", the ratio for N models:
     t = K cos / (1 + (K - 1) cos), with the mean cosine between the K deltas to the base. Deltas at right angles hold
     noise alone (t = 0: the base), equal ones nothing but signal (t = 1: the mean). A negative cosine counts as 0, and
     a delta of zeros has none with any other; where all are zero the mean is the base anyway.

@@ -61,9 +61,9 @@ def _refuse_pickles(folder: Path) -> None:
     if states is not None:
         raise SettingsError(
             f"{folder} is a folder of DeepSpeed's save_checkpoint: {states.name} is a pickle, which can run code, and "
-            "is not read here. If you trust whoever wrote it, convert it where it can do no harm: python zero_to_fp32.py "
-            f"{folder} CONVERTED --safe_serialization (the script lies in the folder), put config.json and the "
-            "tokenizer's files beside the result, and name CONVERTED"
+            "is not read here. If you trust whoever wrote it, convert it where it can do no harm: "
+            f"python zero_to_fp32.py {folder} CONVERTED --safe_serialization (the script lies in the folder), put "
+            "config.json and the tokenizer's files beside the result, and name CONVERTED"
         )
     if any((folder / name).exists() for name in (WEIGHTS, WEIGHTS_INDEX)):
         return

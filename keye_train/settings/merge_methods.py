@@ -38,7 +38,7 @@ METHODS: dict[MergeMethod, MethodAbout] = {
     ),
     MergeMethod.lawa: MethodAbout(
         "mean of the last K checkpoints of one run",
-        "Kaddour 2022, Stop wasting my time!, section 2",
+        "Kaddour 2022, Stop wasting my time!",
         "one run at a constant rate, instead of annealing it",
         needs=frozenset({"last"}),
     ),
@@ -87,7 +87,7 @@ METHODS: dict[MergeMethod, MethodAbout] = {
     ),
     MergeMethod.dare_linear: MethodAbout(
         "b + sum of w_i m_i (x_i - b) / density, m_i = 1 with probability density",
-        "Yu et al. 2024, Language models are super Mario, equation 1",
+        "Yu et al. 2024, Language models are super Mario",
         "many experts with small deltas, so that they meet in few values",
         weights="factor",
         needs=frozenset({"base", "density"}),
@@ -103,7 +103,7 @@ METHODS: dict[MergeMethod, MethodAbout] = {
     ),
     MergeMethod.model_stock: MethodAbout(
         "t mean(x_i) + (1 - t) b, t = K c / (1 + (K - 1) c), c = mean cosine of the deltas",
-        "Jang et al. 2024, Model stock, equation 6",
+        "Jang et al. 2024, Model stock, the ratio for N models",
         "two or three fine-tunings of one base, no held-out data",
         needs=_BASE,
     ),
@@ -115,10 +115,10 @@ def method_table() -> str:
     """The table as indented text for ``keye-merge --help``."""
     lines = []
     for method, about in METHODS.items():
-        lines.append(f"  merge={method.value}\n      {about.formula}\n      for {about.when} ({about.source})")
-        options = [f"needs {name}" for name in sorted(about.needs)] + [f"may have {name}" for name in sorted(about.may)]
-        if about.weights != "none":
-            options.insert(0, "needs weights")
-        if options:
-            lines.append(f"      {', '.join(options)}")
+        lines.append(f"  merge={method.value}\n      {about.formula}\n      {about.source}; {about.when}")
+        needs = ["weights"] * (about.weights != "none") + sorted(about.needs)
+        words = [f"needs {', '.join(needs)}"] * bool(needs) + [f"may have {', '.join(sorted(about.may))}"] * bool(
+            about.may
+        )
+        lines += [f"      {'; '.join(words)}"] * bool(words)
     return "\n".join(lines)

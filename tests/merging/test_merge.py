@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from keye_train.merging import MergeError, merge
-from keye_train.merging import streaming as streaming_module
+from keye_train.merging import MergeError, deltas, geometry, merge, rules, streaming
 from keye_train.merging.streaming import sha256_of, tensor_places
 from keye_train.settings import MergeMethod, MergeSettings, SettingsError
 
@@ -76,7 +75,9 @@ class TestResult:
     def test_tensors_larger_than_a_piece(self, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folders = [export(f"m{i}", tensors_of(i)) for i in range(2)]
         whole = loaded(run(folders, tmp_path / "whole"))
-        monkeypatch.setattr(streaming_module, "PIECE_ELEMENTS", 4)
+        for module in (streaming, rules, deltas, geometry):
+            monkeypatch.setattr(module, "BLOCK", 8)
+        monkeypatch.setattr(streaming, "PIECE_ELEMENTS", 8)
         pieces = loaded(run(folders, tmp_path / "pieces"))
         assert all(torch.equal(whole[name], pieces[name]) for name in whole)
 

@@ -11,9 +11,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from keye_train import compose
+from keye_train.cli.chain import merge_help
 from keye_train.merging import MergeError, merge
-from keye_train.merging.rules import slerp_coefficients, trajectory_weights
+from keye_train.merging.geometry import slerp_coefficients
+from keye_train.merging.rules import trajectory_weights
 from keye_train.settings import MergeMethod, MergeSettings, SettingsError
+from keye_train.settings.merge_methods import METHODS
+from keye_train.settings.merging import ALLOWED_DIFFERENCES
 
 Export = Callable[..., Path]
 
@@ -38,7 +42,14 @@ SETTINGS: list[dict[str, object]] = [
     {"method": MergeMethod.wma},
     {"method": MergeMethod.ema, "decay": 0.7},
     {"method": MergeMethod.slerp, "weights": [1.0, 2.0]},
-    {"method": MergeMethod.task_arithmetic, "weights": [0.3, -2.0]},
+    {"method": MergeMethod.spherical, "weights": [1.0, 2.0]},
+    {"method": MergeMethod.task_arithmetic, "weights": [0.3, -2.0], "base": "itself"},
+    {"method": MergeMethod.ties, "weights": [1.0, 2.0], "base": "itself"},
+    {"method": MergeMethod.dare_linear, "weights": [1.0, 2.0], "density": 0.5, "base": "itself"},
+    {"method": MergeMethod.dare_ties, "weights": [1.0, 2.0], "density": 0.5, "base": "itself"},
+    {"method": MergeMethod.model_stock, "base": "itself"},
+    {"method": MergeMethod.model_stock, "base": "other"},
+    {"method": MergeMethod.ties, "weights": [1.0, 1.0], "density": 1.0, "base": "other"},
     {"method": MergeMethod.uniform, "modules": {"visual.*": [1.0, 2.0]}},
 ]
 
@@ -46,8 +57,9 @@ SETTINGS: list[dict[str, object]] = [
 @pytest.mark.parametrize("values", SETTINGS, ids=lambda v: v["method"].value)
 def test_merge_with_itself_is_identity(export: Export, tmp_path: Path, values: dict[str, object]) -> None:
     folder = export("a", tensors_of(0))
-    base = {"base": str(folder)} if values["method"] == MergeMethod.task_arithmetic else {}
-    merged = run([folder, folder], tmp_path / "out", **values, **base)
+    other = export("b", tensors_of(1))
+    base = {"base": str({"itself": folder, "other": other}[str(values["base"])])} if "base" in values else {}
+    merged = run([folder, folder], tmp_path / "out", **values | base)
     assert all(same(merged[name], tensor) for name, tensor in tensors_of(0).items())
 
 
@@ -119,3 +131,14 @@ def test_a_broken_model_is_named_also_where_its_weight_is_zero(export: Export, t
 def test_patterns_on_the_command_line() -> None:
     words = ["merge=weighted", "models=[a,b]", "out=c", "weights=[1,1]", "+modules={mlp_AR.*:[1.0,0.0]}"]
     assert compose.load_settings(MergeSettings, "merge", words).modules == {"mlp_AR.*": [1.0, 0.0]}
+
+
+def test_every_method_stands_in_the_manual_and_the_help() -> None:
+    manual = (Path(__file__).parents[2] / "docs" / "merging.md").read_text(encoding="utf-8")
+    shown = merge_help()
+    assert set(METHODS) == set(MergeMethod)
+    for method, about in METHODS.items():
+        assert f"| `{method.value}` | {about.formula} | {about.source} | {about.when} |" in manual
+        assert f"merge={method.value}\n      {about.formula}\n" in shown
+    for kind, rule in ALLOWED_DIFFERENCES.items():
+        assert f"| `{kind}` | {rule} |" in manual
