@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from keye_train.merging.accounting import Accounts, account
-from keye_train.merging.compatibility import CONFIG
+from keye_train.merging.compatibility import CONFIG, MergeError
 from keye_train.merging.output import check_room, partial_output
 from keye_train.merging.reading import ExportReader
 from keye_train.merging.rules import check_patterns, model_weights
@@ -105,6 +105,7 @@ def _merge(
             for path in sorted(partial.folder.iterdir()):
                 if path.name not in partial.files and path.name != MANIFEST:
                     partial.add(path.name, sha256_of(path))
+            _check_seals(readers, hashes)
             manifest = _manifest(settings, request, readers, hashes, accounts) | {"files": partial.files}
         finally:
             hashers.shutdown(wait=True, cancel_futures=True)
@@ -186,7 +187,7 @@ def _manifest(
             "files": {name: described.result() for name, described in files.items()},
         }
         for reader, share, files, manifest in (
-            (reader, share, files, reader.folder / MANIFEST)
+            (reader, share, files, reader.origin / MANIFEST)
             for reader, share, files in zip(readers, shares, hashes, strict=True)
         )
     ]
@@ -214,13 +215,28 @@ def tensors_digest(tensors: Sequence[PlannedTensor]) -> str:
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
+def _check_seals(readers: Sequence[ExportReader], hashes: Sequence[dict[str, Future[dict[str, Any]]]]) -> None:
+    """Raise MergeError for inputs that are not what their writer noted: bits that changed on the disk."""
+    problems = []
+    for reader, files in zip(readers, hashes, strict=True):
+        for file, sha256 in reader.sealed.items():
+            described = files.get(_key(reader, file))
+            found = None if described is None else described.result()["sha256"]
+            if found not in (None, sha256):
+                problems.append(
+                    f"{file} does not match the checksum of its checkpoint: it is damaged; take another one"
+                )
+    if problems:
+        raise MergeError(problems)
+
+
 def _describe(file: Path, hashed: bool) -> dict[str, Any]:
     n_bytes, mtime_ns = _stat(file)
     return {"bytes": n_bytes, "mtime_ns": mtime_ns, "sha256": sha256_of(file) if hashed else None}
 
 
 def _input_files(reader: ExportReader) -> list[Path]:
-    return [*reader.weight_files(), *(path for path in (reader.folder / CONFIG,) if path.exists())]
+    return [*reader.weight_files(), *reader.documents]
 
 
 def _key(reader: ExportReader, file: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +97,9 @@ class ExportReader:
         places: of the tensors; None: those of the safetensors files in ``folder``.
         written_dtype: of the model that these values stand for, where they are stored in a wider one.
         origin: what the user named; None: the folder.
+        documents: files besides those of the values that belong to the input; None: the folder's config.json.
+        sealed: SHA-256 that files must have, where whoever wrote them noted it.
+        release: called by ``close``.
     """
 
     def __init__(
@@ -105,8 +108,15 @@ class ExportReader:
         places: dict[str, TensorPlace] | None = None,
         written_dtype: torch.dtype | None = None,
         origin: Path | None = None,
+        documents: Sequence[Path] | None = None,
+        sealed: Mapping[Path, str] | None = None,
+        release: Callable[[], None] | None = None,
     ) -> None:
         self.folder = folder
+        config = folder / "config.json"
+        self.documents = list(documents if documents is not None else [config] * config.exists())
+        self.sealed = dict(sealed or {})
+        self._release = release
         self.origin = origin or folder
         self.places = tensor_places(folder) if places is None else places
         self.written_dtype = written_dtype
@@ -134,5 +144,8 @@ class ExportReader:
         return sorted({span.file for place in self.places.values() for span in place.spans})
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, and drop what was made for reading."""
         self.files.close()
+        if self._release is not None:
+            self._release()
+            self._release = None

@@ -6,11 +6,17 @@ Pickles are never loaded: they can run code. Folders that hold nothing else are 
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
-from keye_train.merging.places import WEIGHTS, WEIGHTS_INDEX
+from keye_train.checkpoints import WEIGHTS as STATE_OF_WEIGHTS
+from keye_train.checkpoints import CheckpointReader
+from keye_train.checkpoints.layout import COMPLETE, INDEX, slice_key
+from keye_train.checkpoints.layout import MANIFEST as LAYOUT_MANIFEST
+from keye_train.merging.places import WEIGHTS, WEIGHTS_INDEX, Span, TensorPlace, file_places, tensor_places
 from keye_train.merging.reading import ExportReader
-from keye_train.runs import CHECKPOINTS, export_dir
+from keye_train.runs import CHECKPOINTS, MANIFEST, export_dir, read_json, write_json_atomic
 from keye_train.settings import SettingsError
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -22,14 +28,69 @@ def open_model(path: str | Path) -> ExportReader:
 
     Raises:
         FileNotFoundError: nothing is there, or a file is missing.
-        SettingsError: it holds pickles only.
+        SettingsError: it holds pickles only, or is a checkpoint without its parent.
         ExportError: a file is cut off.
     """
     folder = Path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{folder} does not exist: name a run folder, an export or a checkpoint")
     _refuse_pickles(folder)
+    if (folder / COMPLETE).exists():
+        return _open_checkpoint(folder)
     return ExportReader(export_dir(folder))
+
+
+def _open_checkpoint(folder: Path) -> ExportReader:
+    """The model that a checkpoint of a run stands for: trained tensors from its slices, frozen ones from the parent.
+
+    The optimizer's moments in the same files are not read; only the checksum of a file covers them.
+    """
+    # These bring the model along, which exports do without.
+    from keye_train.model.configuration import KeyeConfig
+    from keye_train.model.trained import TrainedModel
+
+    seals = {folder / name: seal["sha256"] for name, seal in read_json(folder / COMPLETE)["files"].items()}
+    if lost := sorted(path.name for path in seals if not path.exists()):
+        raise SettingsError(f"{folder} is no whole checkpoint ({lost[0]} is missing): take another one")
+    model = TrainedModel(folder, verify=False)
+    slices = _slices(folder)
+    parent = {} if model.settings.parent is None else tensor_places(export_dir(model.settings.parent))
+    places = {}
+    for name, shape in model.shapes.items():
+        if name in slices:
+            places[name] = TensorPlace(name, CheckpointReader.dtype, shape, slices[name])
+        elif name in parent:
+            places[name] = parent[name]
+        else:
+            raise SettingsError(
+                f"{folder}: {name} was frozen, so the checkpoint lacks it, and the run had no parent that has it. "
+                f"Write the whole model first: keye-convert export {folder} FOLDER, and name that folder"
+            )
+    beside = tempfile.TemporaryDirectory(prefix="keye-merge-")
+    fields = KeyeConfig(**model.config.to_dict()).to_diff_dict()
+    dtype = str(model.dtype).removeprefix("torch.")
+    write_json_atomic(
+        Path(beside.name) / "config.json", {k: v for k, v in fields.items() if k != "dtype"} | {"torch_dtype": dtype}
+    )
+    for name, value in model.files().items():
+        if name == MANIFEST:
+            continue
+        if isinstance(value, Path):
+            shutil.copyfile(value, Path(beside.name) / name)
+        else:
+            write_json_atomic(Path(beside.name) / name, value)
+    documents = [folder / name for name in (INDEX, LAYOUT_MANIFEST)]
+    return ExportReader(Path(beside.name), places, model.dtype, folder, documents, seals, beside.cleanup)
+
+
+def _slices(folder: Path) -> dict[str, tuple[Span, ...]]:
+    """Where the weights of each trained parameter lie, in the order of the values."""
+    index = read_json(folder / INDEX)
+    keys = {place.name: place.spans[0] for file in index["files"] for place in file_places(folder / file)}
+    return {
+        name: tuple(keys[slice_key(STATE_OF_WEIGHTS, name, start, stop)] for _, start, stop in entry["slices"])
+        for name, entry in index["parameters"].items()
+    }
 
 
 def last_checkpoints(run: str | Path, count: int) -> list[str]:

@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from keye_train import runs
 from keye_train.checkpoints import CheckpointReader, fault, layout
 from keye_train.cli import convert_main
-from keye_train.settings import SettingsError
+from keye_train.merging import MergeError, merge
+from keye_train.merging.verify import verify
+from keye_train.settings import MergeMethod, MergeSettings, SettingsError
 from keye_train.training import distributed, trainer
 from keye_train.training.checkpoint import TrainState
 from keye_train.training.occupancy import LOCK, RunLock
@@ -254,3 +256,38 @@ def test_a_second_launch_waits_for_the_first_and_gives_up(tmp_path: Path) -> Non
         holder.kill()
         holder.communicate()
     RunLock(tmp_path, world, patience_s=0.1).release()
+
+
+def test_checkpoints_are_merged_without_conversion(finished: Path, tmp_path: Path) -> None:
+    """The mean of the last two checkpoints is that of their exports; one with the run's own export changes no bit."""
+    steps = checkpoints(finished)
+    assert len(steps) == 2
+    lawa = MergeSettings(
+        models=[str(finished)], out=str(tmp_path / "lawa"), method=MergeMethod.lawa, last=2, dtype="float32"
+    )
+    merged = load_file(merge(lawa, progress=False) / "model.safetensors")
+    exact = [CheckpointReader(finished / runs.CHECKPOINTS / step) for step in steps]
+    for name in exact[0].names():
+        mean = (exact[0].tensor(name).double() + exact[1].tensor(name).double()) / 2
+        assert torch.equal(merged[name], mean.float()), name
+    newest = finished / runs.CHECKPOINTS / "step-8"
+    same = MergeSettings(models=[str(newest), str(finished)], out=str(tmp_path / "same"))
+    assert load_file(merge(same, progress=False) / "model.safetensors").keys() == merged.keys()
+    assert weight_bytes(tmp_path, "same") == weight_bytes(finished)
+    assert verify(tmp_path / "same").faults == []
+
+
+def test_a_damaged_checkpoint_is_not_merged(finished: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    file = next((run_dir / runs.CHECKPOINTS / "step-8").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    lawa = MergeSettings(models=[str(run_dir)], out=str(tmp_path / "out"), method=MergeMethod.lawa, last=2)
+    with pytest.raises(MergeError, match="does not match the checksum of its checkpoint"):
+        merge(lawa, progress=False)
+    file.unlink()
+    with pytest.raises(SettingsError, match="is no whole checkpoint"):
+        merge(lawa, progress=False)
+    assert not (tmp_path / "out").exists()

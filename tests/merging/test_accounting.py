@@ -1,0 +1,130 @@
+"""Every tensor is accounted for: what may differ says ``allow``, and what becomes of it is as documented."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from keye_train.merging import MergeError, merge
+from keye_train.merging.sources import last_checkpoints
+from keye_train.settings import MergeMethod, MergeSettings, SettingsError
+
+Export = Callable[..., Path]
+ONE, TWO = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])
+
+
+def run(folders: list[Path], out: Path, **values: object) -> tuple[dict[str, Tensor], dict[str, object]]:
+    settings = MergeSettings(models=[str(f) for f in folders], out=str(out), **values)  # type: ignore[arg-type]
+    merge(settings, progress=False)
+    return load_file(out / "model.safetensors"), json.loads((out / "manifest.json").read_text())
+
+
+CASES = {
+    "missing": ({"w": ONE, "v": ONE}, {"w": TWO}, {"w": [2.0, 4.0], "v": [1.0, 2.0]}),
+    "extra": ({"w": ONE}, {"w": TWO, "v": TWO}, {"w": [2.0, 4.0]}),
+    "shape": ({"w": ONE}, {"w": torch.ones(3)}, {"w": [1.0, 2.0]}),
+    "dtype": ({"w": ONE.bfloat16()}, {"w": TWO.half()}, {"w": [2.0, 4.0]}),
+    "integers": ({"w": ONE, "n": torch.tensor([1])}, {"w": TWO, "n": torch.tensor([2])}, {"w": [2.0, 4.0], "n": [1]}),
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_difference_is_refused_and_its_rule_holds_where_it_is_allowed(
+    export: Export, tmp_path: Path, kind: str
+) -> None:
+    left, right, expected = CASES[kind]
+    folders = [export("a", left), export("b", right)]
+    with pytest.raises(MergeError, match=rf"\[allow={kind}\]"):
+        run(folders, tmp_path / "refused")
+    merged, manifest = run(folders, tmp_path / "out", allow=[kind])
+    assert {name: tensor.tolist() for name, tensor in merged.items()} == expected
+    assert manifest["dropped"] == (["v"] if kind == "extra" else [])
+    assert kind == "integers" or any(kind in text for text in manifest["allowed"])  # type: ignore[attr-defined]
+    if kind == "dtype":
+        assert merged["w"].dtype == torch.promote_types(torch.bfloat16, torch.float16)
+
+
+def test_a_tensor_that_the_base_lacks_is_the_first_models(export: Export, tmp_path: Path) -> None:
+    a, b, base = export("a", {"w": ONE, "v": ONE}), export("b", {"w": TWO, "v": TWO}), export("base", {"w": ONE})
+    kind = {"method": MergeMethod.task_arithmetic, "weights": [1.0, 1.0], "base": str(base)}
+    merged, _ = run([a, b], tmp_path / "out", allow=["missing"], **kind)
+    assert merged["v"].tolist() == [1.0, 2.0]
+    assert merged["w"].tolist() == [3.0, 6.0]
+
+
+def test_configuration_and_tokenizer(export: Export, tmp_path: Path) -> None:
+    other = {"rope_theta": 5e5, "hidden_act": "gelu"}
+    folders = [export("a", {"w": ONE}), export("b", {"w": TWO}, config=other, tokenizer={"model": {"vocab": {}}})]
+    with pytest.raises(MergeError) as caught:
+        run(folders, tmp_path / "refused", allow=["tokenizer"])
+    assert [problem.split("[")[-1] for problem in caught.value.problems] == ["allow=config]", "allow=rope]"]
+    run(folders, tmp_path / "out", allow=["config", "rope", "tokenizer"])
+    for name in ("config.json", "tokenizer.json"):
+        assert json.loads((tmp_path / "out" / name).read_text()) == json.loads((folders[0] / name).read_text())
+
+
+def test_tied_beside_untied(export: Export, tmp_path: Path) -> None:
+    tied = export("a", {"model.embed_tokens.weight": ONE}, config={"tie_word_embeddings": True})
+    untied = export(
+        "b", {"model.embed_tokens.weight": TWO, "lm_head.weight": ONE}, config={"tie_word_embeddings": False}
+    )
+    with pytest.raises(MergeError, match=r"\[allow=extra\]"):
+        run([tied, untied], tmp_path / "refused")
+    merged, _ = run([tied, untied], tmp_path / "out", allow=["tied"])
+    assert merged["model.embed_tokens.weight"].tolist() == [2.0, 4.0]
+    assert merged["lm_head.weight"].tolist() == [1.0, 2.0]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_nothing_allows_values_that_are_not_finite(export: Export, tmp_path: Path) -> None:
+    folders = [export("a", {"w": ONE}), export("b", {"w": torch.tensor([1.0, float("inf")])})]
+    with pytest.raises(SettingsError, match="allow=nonfinite: choose among missing, extra"):
+        run(folders, tmp_path / "out", allow=["nonfinite"])
+    base = {"weights": [1.0, 1.0], "base": str(folders[0])}
+    for values in ({"method": MergeMethod.ties}, {"method": MergeMethod.dare_linear, "density": 0.5}):
+        with pytest.raises(MergeError, match="w holds NaN or infinity"):
+            run(folders, tmp_path / "out", **values | base)
+    with pytest.raises(MergeError, match="w holds NaN or infinity"):
+        run(folders, tmp_path / "out", method=MergeMethod.spherical, weights=[1.0, 1.0])
+
+
+def test_opposite_directions_have_no_mean_on_the_sphere(export: Export, tmp_path: Path) -> None:
+    folders = [export("a", {"w": ONE}), export("b", {"w": -ONE}), export("c", {"w": -ONE})]
+    with pytest.raises(MergeError, match="w: the mean on the sphere was not found"):
+        run(folders, tmp_path / "out", method=MergeMethod.spherical, weights=[1.0, 1.0, 1.0])
+
+
+def test_pickles_are_refused_unread(export: Export, tmp_path: Path) -> None:
+    good = export("a", {"w": ONE})
+    zero = tmp_path / "zero"
+    (zero / "global_step4").mkdir(parents=True)
+    (zero / "global_step4" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"never read")
+    with pytest.raises(SettingsError, match=r"is a pickle.*zero_to_fp32\.py"):
+        run([good, zero], tmp_path / "out")
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "config.json").write_text("{}")
+    (hub / "pytorch_model.bin").write_bytes(b"never read")
+    with pytest.raises(SettingsError, match=r"pytorch_model\.bin, a pickle"):
+        run([good, hub], tmp_path / "out")
+
+
+def test_the_last_of_a_folder_of_numbered_models(export: Export, tmp_path: Path) -> None:
+    for step, value in ((100, 8.0), (90, 2.0), (1000, 4.0)):
+        export(f"checkpoint-{step}", {"w": torch.tensor([value])}).rename(tmp_path / f"trained-{step}")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for path in tmp_path.glob("trained-*"):
+        path.rename(runs / path.name)
+    assert [Path(path).name for path in last_checkpoints(runs, 2)] == ["trained-100", "trained-1000"]
+    merged, manifest = run([runs], tmp_path / "out", method=MergeMethod.lawa, last=2)
+    assert merged["w"].tolist() == [6.0]
+    assert manifest["weights"] == [0.5, 0.5]
+    with pytest.raises(SettingsError, match="holds 3 checkpoint"):
+        run([runs], tmp_path / "more", method=MergeMethod.lawa, last=4)

@@ -1,0 +1,203 @@
+"""Killed, out of space, damaged: nothing is half-written, the same command goes on, ``verify`` tells."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from keye_train.merging import merge
+from keye_train.merging import output as output_module
+from keye_train.merging.output import DiskFull
+from keye_train.merging.verify import verify
+from keye_train.settings import MergeMethod, MergeSettings, SettingsError
+
+Export = Callable[..., Path]
+SHARD = 70_000
+
+
+def large(seed: int) -> dict[str, Tensor]:
+    """Eight tensors of 64 KB, each one shard."""
+    draw = torch.Generator().manual_seed(seed)
+    return {f"model.{i}": torch.randn(128, 128, generator=draw) for i in range(8)}
+
+
+def settings_for(folders: list[Path], out: Path, **values: object) -> MergeSettings:
+    values = {"max_shard_bytes": SHARD, **values}
+    return MergeSettings(models=[str(f) for f in folders], out=str(out), **values)  # type: ignore[arg-type]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("model*")}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"method": MergeMethod.spherical, "weights": [1.0, 2.0]},
+        {"method": MergeMethod.ties, "weights": [1.0, 2.0], "base": "base"},
+        {"method": MergeMethod.dare_ties, "weights": [1.0, 2.0], "base": "base", "density": 0.3},
+    ],
+    ids=lambda values: str(values.get("method", "uniform")),
+)
+def test_bits_do_not_depend_on_threads(export: Export, tmp_path: Path, values: dict[str, object]) -> None:
+    draw = torch.Generator().manual_seed(9)
+    folders = [
+        export(f"m{i}", {"w": torch.randn(1_300_000, generator=draw).bfloat16(), "v": torch.randn(3, generator=draw)})
+        for i in range(3)
+    ]
+    values = dict(values)
+    if "base" in values:
+        values["base"] = str(folders[2])
+    results = [
+        weights(merge(settings_for(folders[:2], tmp_path / f"t{n}", threads=n, **values), progress=False))
+        for n in (1, 2, 7)
+    ]
+    assert results[0] == results[1] == results[2]
+
+
+def test_killed_and_resumed(export: Export, tmp_path: Path) -> None:
+    """kill -9 as soon as two shards are whole; the next run keeps what is whole and ends with the same bytes."""
+    folders = [export(f"m{i}", large(i)) for i in range(3)]
+    expected = weights(merge(settings_for(folders, tmp_path / "expected"), progress=False))
+    code = (
+        "import os, signal, sys\n"
+        "from keye_train.merging import merge, output\n"
+        "from keye_train.settings import MergeSettings\n"
+        "add = output.PartialOutput.add\n"
+        "def dying(self, name, sha256):\n"
+        "    add(self, name, sha256)\n"
+        "    if len(self.files) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "output.PartialOutput.add = dying\n"
+        f"merge(MergeSettings(models=sys.argv[2:], out=sys.argv[1], max_shard_bytes={SHARD}), progress=False)\n"
+    )
+    out = tmp_path / "out"
+    died = subprocess.run([sys.executable, "-c", code, str(out), *map(str, folders)], capture_output=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    partial = tmp_path / ".out.partial"
+    assert not out.exists()
+    whole = [path for path in partial.glob("*.safetensors") if path.read_bytes() == expected[path.name]]
+    assert len(whole) == 2
+    whole[1].write_bytes(whole[1].read_bytes()[:-1] + b"x")  # one of them rots meanwhile
+    kept = whole[0].stat().st_ino
+    time_before = time.time_ns()
+    merge(settings_for(folders, out), progress=False)
+    assert weights(out) == expected
+    assert (out / whole[0].name).stat().st_ino == kept
+    assert (out / whole[0].name).stat().st_mtime_ns < time_before <= (out / whole[1].name).stat().st_mtime_ns
+    assert not partial.exists()
+    assert verify(out).faults == []
+
+
+def test_inputs_that_changed_meanwhile_start_it_anew(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [export(f"m{i}", large(i)) for i in range(2)]
+    add = output_module.PartialOutput.add
+
+    def interrupted(self: output_module.PartialOutput, name: str, sha256: str) -> None:
+        add(self, name, sha256)
+        if len(self.files) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(output_module.PartialOutput, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(settings_for(folders, tmp_path / "out"), progress=False)
+    monkeypatch.undo()
+    assert len(list((tmp_path / ".out.partial").glob("*.safetensors"))) == 3
+    shutil.rmtree(folders[1])
+    export("m1", large(7))
+    merge(settings_for(folders, tmp_path / "out"), progress=False)
+    merge(settings_for(folders, tmp_path / "fresh"), progress=False)
+    assert weights(tmp_path / "out") == weights(tmp_path / "fresh")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "keye_train_test", str(folder)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system (root)")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk(export: Export, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [export(f"m{i}", large(i)) for i in range(2)]
+    out = small_disk / "out"
+    with pytest.raises(DiskFull, match=r"no space left on its disk.*to write: 524,288 bytes"):
+        merge(settings_for(folders, out), progress=False)
+    assert list(small_disk.iterdir()) == []
+    # The forecast sees room that somebody else then takes: the disk itself says no, in the middle.
+    monkeypatch.setattr(output_module, "check_room", lambda *_: None)
+    monkeypatch.setattr("keye_train.merging.merge.check_room", lambda *_: None)
+    with pytest.raises(DiskFull, match=r"5 finished file\(s\) are kept in \.out\.partial"):
+        merge(settings_for(folders, out), progress=False)
+    assert not out.exists()
+    subprocess.run(["mount", "-o", "remount,size=2m", str(small_disk)], check=True)
+    merge(settings_for(folders, out), progress=False)
+    merge(settings_for(folders, tmp_path / "expected"), progress=False)
+    assert weights(out) == weights(tmp_path / "expected")
+
+
+class TestVerify:
+    @pytest.fixture
+    def merged(self, export: Export, tmp_path: Path) -> Path:
+        return merge(settings_for([export(f"m{i}", large(i)) for i in range(2)], tmp_path / "out"), progress=False)
+
+    def test_what_is_whole_has_no_faults(self, merged: Path) -> None:
+        verdict = verify(merged)
+        assert (verdict.faults, verdict.unchecked) == ([], [])
+        assert "8 tensors" in " ".join(verdict.checked)
+
+    def test_each_fault_is_named(self, merged: Path, tmp_path: Path) -> None:
+        files = sorted(merged.glob("*.safetensors"))
+        content = bytearray(files[0].read_bytes())
+        content[-4:] = b"\x00\x00\xc0\x7f"  # NaN
+        files[0].write_bytes(content)
+        (merged / "tokenizer.json").unlink()
+        parent = tmp_path / "m1" / "model.safetensors"
+        parent.write_bytes(parent.read_bytes()[:-1] + b"\x01")
+        shutil.rmtree(tmp_path / "m0")
+        verdict = verify(merged)
+        text = "\n".join(verdict.faults)
+        for part in (
+            f"{files[0]} does not match its checksum",
+            "holds NaN or infinity",
+            "tokenizer.json is missing",
+            f"parent {parent} does not match its checksum",
+        ):
+            assert part in text
+        assert len(verdict.faults) == 4, text
+        assert verdict.unchecked == [f"parent {tmp_path / 'm0'} is no longer there"]
+
+    def test_a_file_cut_off_and_a_list_that_does_not_fit(self, merged: Path) -> None:
+        file = sorted(merged.glob("*.safetensors"))[3]
+        os.truncate(file, file.stat().st_size - 8)
+        assert any("is not a whole safetensors file" in fault for fault in verify(merged).faults)
+        manifest = json.loads((merged / "manifest.json").read_text())
+        (merged / "manifest.json").write_text(json.dumps(manifest | {"status": "unfinished"}))
+        with pytest.raises(SettingsError, match="not that of a finished merge"):
+            verify(merged)
+
+    def test_without_hashes_of_the_inputs(self, export: Export, tmp_path: Path) -> None:
+        folders = [export(f"m{i}", large(i)) for i in range(2)]
+        out = merge(settings_for(folders, tmp_path / "out", hash_inputs=False), progress=False)
+        verdict = verify(out)
+        assert verdict.faults == []
+        assert len(verdict.unchecked) == 2
