@@ -16,7 +16,7 @@ from keye_train.checkpoints.layout import COMPLETE, INDEX, slice_key
 from keye_train.checkpoints.layout import MANIFEST as LAYOUT_MANIFEST
 from keye_train.merging.places import WEIGHTS, WEIGHTS_INDEX, Span, TensorPlace, file_places, tensor_places
 from keye_train.merging.reading import ExportReader
-from keye_train.runs import CHECKPOINTS, MANIFEST, export_dir, read_json, write_json_atomic
+from keye_train.runs import CHECKPOINTS, EXPORT, MANIFEST, export_dir, read_json, write_json_atomic
 from keye_train.settings import SettingsError
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -54,7 +54,10 @@ def _open_checkpoint(folder: Path) -> ExportReader:
         raise SettingsError(f"{folder} is no whole checkpoint ({lost[0]} is missing): take another one")
     model = TrainedModel(folder, verify=False)
     slices = _slices(folder)
-    parent = {} if model.settings.parent is None else tensor_places(export_dir(model.settings.parent))
+    # What was frozen is the parent's, or, where a run had none, stands in its export once it is finished.
+    export = folder.parent.parent / EXPORT
+    whole = export if model.settings.parent is None else export_dir(model.settings.parent)
+    parent = tensor_places(whole) if whole.is_dir() else {}
     places = {}
     for name, shape in model.shapes.items():
         if name in slices:
@@ -63,8 +66,8 @@ def _open_checkpoint(folder: Path) -> ExportReader:
             places[name] = parent[name]
         else:
             raise SettingsError(
-                f"{folder}: {name} was frozen, so the checkpoint lacks it, and the run had no parent that has it. "
-                f"Write the whole model first: keye-convert export {folder} FOLDER, and name that folder"
+                f"{folder}: {name} was frozen, so the checkpoint lacks it, and neither parent nor export of the run has "
+                f"it. Write the whole model first: keye-convert export {folder} FOLDER, and name that folder"
             )
     beside = tempfile.TemporaryDirectory(prefix="keye-merge-")
     fields = KeyeConfig(**model.config.to_dict()).to_diff_dict()

@@ -31,6 +31,7 @@ def export(tmp_path: Path) -> Callable[..., Path]:
         config: dict[str, Any] | None = None,
         tokenizer: dict[str, Any] | None = None,
     ) -> Path:
+        tensors = {key: tensor.clone() for key, tensor in tensors.items()}  # safetensors refuses shared memory
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(CONFIG | (config or {})))
