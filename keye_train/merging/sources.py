@@ -66,7 +66,7 @@ def _open_checkpoint(folder: Path) -> ExportReader:
             places[name] = parent[name]
         else:
             raise SettingsError(
-                f"{folder}: {name} was frozen, so the checkpoint lacks it, and neither parent nor export of the run has "
+                f"{folder}: {name} was frozen, so the checkpoint lacks it, neither parent nor export of the run has "
                 f"it. Write the whole model first: keye-convert export {folder} FOLDER, and name that folder"
             )
     beside = tempfile.TemporaryDirectory(prefix="keye-merge-")
