@@ -21,7 +21,7 @@ from keye_train.data.digest import digest_samples
 from keye_train.data.formats import parse_sample
 from keye_train.data.index import read_key
 from keye_train.data.limits import DecodeLimits
-from keye_train.data.plan import Dropped, Pack, Plan, PlanState, assign
+from keye_train.data.plan import Dropped, Pack, Plan, PlanState, assign, balance
 from keye_train.data.pool import ReaderPool
 from keye_train.data.reader import ShardReader
 from keye_train.model.sample_encoder import WHOLE, EncodedPair, EncodedSample, SampleEncoder
@@ -37,6 +37,7 @@ class StepData:
     packs: list[LoadedPack]  # one for each micro-step
     dropped: list[tuple[SampleRef, str]]  # drawn and given up by the plan, with the reason; rank 0 only
     plan_state_after: PlanState  # where a run goes on that has done this step
+    balance: float = 1.0  # planned cost of the mean rank / of the slowest, summed over micro-steps; 1: no rank waits
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,7 @@ class _PlannedStep:
     futures: list[Future[LoadedPack]]  # empty without reader processes
     dropped: tuple[Dropped, ...]
     state_after: PlanState
+    balance: float
 
 
 class Loader:
@@ -228,7 +230,7 @@ class Loader:
             raise StopIteration
         step = self._ahead.popleft()
         packs = [future.result() for future in step.futures] or [self._read(tasks) for tasks in step.packs]
-        return StepData(step.step, packs, self._name(step.dropped), step.state_after)
+        return StepData(step.step, packs, self._name(step.dropped), step.state_after, step.balance)
 
     def close(self) -> None:
         """End the readers."""
@@ -246,9 +248,10 @@ class Loader:
         for batch, after in self._plan.batches(state):
             if batch.step >= stop:
                 return
-            packs = [read_tasks(self._plan, micro_step[self._rank]) for micro_step in assign(batch, world_size)]
+            micro_steps = assign(batch, world_size)
+            packs = [read_tasks(self._plan, micro_step[self._rank]) for micro_step in micro_steps]
             futures = [self._pool.submit(tasks) for tasks in packs] if self._pool is not None else []
-            yield _PlannedStep(batch.step, packs, futures, batch.dropped, after)
+            yield _PlannedStep(batch.step, packs, futures, batch.dropped, after, balance(micro_steps))
 
     def _name(self, dropped: tuple[Dropped, ...]) -> list[tuple[SampleRef, str]]:
         if self._rank:

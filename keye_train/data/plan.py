@@ -21,7 +21,7 @@ from keye_train.data.draw import Draw, DrawRules
 from keye_train.data.mixture import Mixture
 from keye_train.data.overlong import Fitting
 from keye_train.data.packing import Budget
-from keye_train.data.planned import Dropped, GlobalBatch, Pack, PlannedSample, PlanState, assign, seed_of
+from keye_train.data.planned import Dropped, GlobalBatch, Pack, PlannedSample, PlanState, assign, balance, seed_of
 from keye_train.data.quarantine import exclude
 from keye_train.data.window import OVER_BUDGET, Rules, Window, WindowPlanner
 from keye_train.settings import MixtureUnit, Objective, TrainSettings
@@ -36,6 +36,7 @@ __all__ = [
     "PlanState",
     "PlannedSample",
     "assign",
+    "balance",
 ]
 
 log = logging.getLogger(__name__)

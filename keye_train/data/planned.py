@@ -112,6 +112,17 @@ def assign(batch: GlobalBatch, world_size: int) -> list[list[Pack]]:
     return [[batch.packs[packs[place]] for place in order] for packs, order in zip(micro_steps, ranks, strict=True)]
 
 
+def balance(micro_steps: list[list[Pack]]) -> float:
+    """Cost of the mean rank over that of the slowest, each summed over micro-steps: 1 where no rank waits for another.
+
+    Args:
+        micro_steps: ``[micro-step][rank] -> pack``, as ``assign`` gives them.
+    """
+    costs = np.array([[pack.cost for pack in packs] for packs in micro_steps])
+    slowest = costs.max(axis=1).sum()
+    return float(costs.mean(axis=1).sum() / slowest) if slowest else 1.0
+
+
 def seed_of(*parts: object) -> int:
     """A seed of 64 bits from several values."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")

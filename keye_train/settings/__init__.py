@@ -41,6 +41,7 @@ from keye_train.settings.guards import (
     SpikeSettings,
     WatchdogSettings,
 )
+from keye_train.settings.logging import LoggingSettings
 from keye_train.settings.merging import MergeSettings
 from keye_train.settings.model import (
     CaptionDecoderSettings,
@@ -71,7 +72,6 @@ from keye_train.settings.tasks import (
 )
 from keye_train.settings.training import (
     DeepSpeedSettings,
-    LoggingSettings,
     ModuleRateSettings,
     OptimizerSettings,
     ScheduleSettings,

@@ -16,6 +16,7 @@ from keye_train.settings.basics import (
 from keye_train.settings.checkpoint import CheckpointSettings, check_checkpoint
 from keye_train.settings.data import DataSettings, check_data
 from keye_train.settings.guards import GuardSettings, check_guards
+from keye_train.settings.logging import LoggingSettings, check_logging
 from keye_train.settings.model import ModelSettings, check_model
 
 
@@ -119,17 +120,6 @@ class DeepSpeedSettings:
 
 
 @dataclass
-class LoggingSettings:
-    """Where the numbers of each step go. metrics.jsonl is always written."""
-
-    every_steps: int = 1
-    progress: bool = True
-    tensorboard: bool = True
-    wandb: bool = False
-    wandb_project: str = "keye_train"
-
-
-@dataclass
 class TrainSettings:
     """One run of ``keye-train``: one stage of one model on one data recipe."""
 
@@ -172,9 +162,8 @@ class TrainSettings:
                 "layers: use deepspeed.zero_stage=2 or less, or stage.compile_layers=false"
             )
         check_checkpoint(self.checkpoint)
-        if self.logging.every_steps < 1:
-            raise SettingsError("logging.every_steps must be at least 1")
         check_guards(self.guards, self.deepspeed.timeout_minutes)
+        check_logging(self.logging)
         if self.parent is None and not self.model.start.random:
             _check_start_weights(self)
 

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from keye_train.data.collate import LoadedPack
 from keye_train.data.ledger import SkipLimit, unreadable
 from keye_train.data.loader import StepData
+from keye_train.data.measure import Sizes
+from keye_train.model.packed import PackedInputs
 from keye_train.settings import LossWeighting
 from keye_train.training.distributed import World
 from keye_train.training.guards import StopRequest
-from keye_train.training.objectives import WEIGHT_UNITS, TrainingObjective, total_weight
+from keye_train.training.objectives import WEIGHT_UNITS, TrainingObjective, item_weights, total_weight
+from keye_train.training.tasks import TaskNames
+
+
+@dataclass(frozen=True)
+class PackItems:
+    """What the items of one pack belong to; an item is a labelled token or an image-caption pair."""
+
+    groups: Tensor  # [2, K] int64: number of the source, number of the task
+    weights: Tensor | None  # [K] float32; None where all weigh 1
+
+    def to(self, device: torch.device) -> PackItems:
+        """The same on a device."""
+        weights = None if self.weights is None else self.weights.to(device, non_blocking=True)
+        return PackItems(self.groups.to(device, non_blocking=True), weights)
 
 
 @dataclass(frozen=True)
@@ -31,6 +49,10 @@ class Counts:
     digest: int  # of the samples that were read
     stop: int  # signal that asked some rank to stop; 0: none
     items_by_source: list[int]
+    items_by_task: list[int]
+    tasks: Sequence[str]  # names behind the task numbers
+    sizes: Sizes  # [1]: sums that the cost of the batch follows from
+    packs: list[PackItems]  # of this rank's packs
 
 
 class BatchCounter:
@@ -46,15 +68,7 @@ class BatchCounter:
         self.sources, self.weighting = sources, weighting
         self._objective = objective
         self._number = {name: number for number, name in enumerate(sources)}
-
-    def item_samples(self, pack: LoadedPack) -> Tensor:
-        """Number of the sample of each item of a pack: [K] int64, on the CPU."""
-        return self._objective.item_samples(pack.inputs)  # type: ignore[arg-type]
-
-    def item_sources(self, pack: LoadedPack) -> Tensor:
-        """Source number of each item of a pack: [K] int64, on the CPU."""
-        of_sample = torch.tensor([self._number[source] for source in pack.sources], dtype=torch.int64)
-        return of_sample[self.item_samples(pack)]
+        self._tasks = TaskNames()
 
     def count(self, data: StepData, world: World, stop: StopRequest, skip_limit: SkipLimit) -> Counts:
         """Sizes of the global batch. Collective: every rank must reach this.
@@ -63,23 +77,31 @@ class BatchCounter:
             ValueError: more samples were skipped than ``skip_limit`` allows.
         """
         names = self.sources
-        by_source = torch.bincount(torch.cat([self.item_sources(pack) for pack in data.packs]), minlength=len(names))
+        samples = [self._objective.item_samples(pack.inputs) for pack in data.packs]  # type: ignore[arg-type]
+        items = [torch.bincount(one, minlength=len(pack.refs)) for one, pack in zip(samples, data.packs, strict=True)]
+        unknown = self._tasks.unknown(task for pack in data.packs for task in pack.tasks)
         read = Counter(ref.source for pack in data.packs for ref in pack.refs)
         broken = Counter(ref.source for pack in data.packs for ref, _ in pack.skipped)
-        packs = [sum(getattr(pack, name) for pack in data.packs) for name in ("tokens", "patches", "digest", "changed")]
-        weight = sum(total_weight(self.item_samples(pack), self.weighting) for pack in data.packs)
+        sizes = np.sum([_sizes(pack) for pack in data.packs], axis=0).tolist()
+        own = [sum(getattr(pack, name) for pack in data.packs) for name in ("tokens", "patches", "digest", "changed")]
+        weight = sum(total_weight(one, self.weighting) for one in samples)
         flags = stop.as_flags()
         summed = world.sum_int(
             [
-                *by_source.tolist(),
+                *self._by_source(data, items),
                 *(count[name] for count in (read, broken) for name in names),
-                *(*packs, len(data.dropped), unreadable(data), weight),
+                *(*own, len(data.dropped), unreadable(data), weight, len(unknown), *sizes),
+                *self._by_task(data, items),
                 *flags,
             ]
         )
         sums, stops = summed[: -len(flags)], summed[-len(flags) :]
         sources, reads, brokens = (sums[len(names) * part : len(names) * (part + 1)] for part in range(3))
-        tokens, patches, digest, changed, dropped, marked, weight = sums[3 * len(names) :]
+        tokens, patches, digest, changed, dropped, marked, weight, new_tasks, *rest = sums[3 * len(names) :]
+        by_task = rest[len(sizes) :]
+        if new_tasks:
+            self._tasks.learn(unknown, world)
+            by_task = world.sum_int(self._by_task(data, items))
         after = data.plan_state_after
         skip_limit.observe(
             marked,
@@ -98,4 +120,38 @@ class BatchCounter:
             digest=digest,
             stop=StopRequest.from_flags(stops),
             items_by_source=sources,
+            items_by_task=by_task,
+            tasks=tuple(self._tasks.names),
+            sizes=Sizes(*(np.array([value]) for value in rest[: len(sizes)])),
+            packs=[self._pack_items(pack, one) for pack, one in zip(data.packs, samples, strict=True)],
         )
+
+    def _pack_items(self, pack: LoadedPack, samples: Tensor) -> PackItems:
+        numbers = [[self._number[source] for source in pack.sources], self._tasks.numbers(pack.tasks)]
+        of_sample = torch.tensor(numbers, dtype=torch.int64).reshape(2, -1)
+        return PackItems(of_sample[:, samples], item_weights(samples, self.weighting))
+
+    def _by_source(self, data: StepData, items: list[Tensor]) -> list[int]:
+        numbers = [self._number[source] for pack in data.packs for source in pack.sources]
+        return _summed(numbers, items, len(self.sources))
+
+    def _by_task(self, data: StepData, items: list[Tensor]) -> list[int]:
+        numbers = self._tasks.numbers(task for pack in data.packs for task in pack.tasks)
+        return _summed(numbers, items, len(self._tasks.names))
+
+
+def _summed(numbers: list[int], items: list[Tensor], length: int) -> list[int]:
+    """Items of each group: ``numbers`` has the group of each sample, ``items`` their items, pack by pack."""
+    sums = torch.zeros(length, dtype=torch.int64)
+    return sums.index_add_(0, torch.tensor(numbers, dtype=torch.int64), torch.cat(items)).tolist()
+
+
+def _sizes(pack: LoadedPack) -> list[int]:
+    """Tokens, tokens of each sample squared, patches, patches of each image or video squared; see ``data.measure``."""
+    inputs = pack.inputs
+    patches = inputs.vision.cu_seqlens.diff().double()
+    if isinstance(inputs, PackedInputs):
+        tokens = inputs.cu_seqlens.diff().double()
+    else:
+        tokens = torch.full((len(inputs.text_ids),), float(inputs.text_ids.shape[1]), dtype=torch.float64)
+    return [int(value) for row in (tokens, patches) for value in (row.sum(), row.square().sum())]

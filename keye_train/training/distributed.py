@@ -7,6 +7,7 @@ one, so that no other code has a special case for it.
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
 import warnings
@@ -54,9 +55,22 @@ class World:
 
     def max_int(self, value: int) -> int:
         """Largest value over all ranks. Collective: every rank must reach this."""
-        tensor = torch.tensor([value], dtype=torch.int64)
+        return self.max_ints([value])[0]
+
+    def max_ints(self, values: Sequence[int]) -> list[int]:
+        """Element-wise largest values over all ranks. Collective: every rank must reach this, with as many values."""
+        tensor = torch.tensor(list(values), dtype=torch.int64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group)
-        return int(tensor)
+        return tensor.tolist()
+
+    def gather_texts(self, texts: Sequence[str]) -> list[list[str]]:
+        """The texts of each rank, by rank. Collective: every rank must reach this."""
+        own = json.dumps(list(texts)).encode()
+        longest = self.max_int(len(own))
+        padded = torch.frombuffer(bytearray(own.ljust(longest)), dtype=torch.uint8)
+        found = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(found, padded, group=self.host_group)
+        return [json.loads(bytes(text.tolist())) for text in found]
 
     def another_group(self) -> dist.ProcessGroup:
         """A gloo group over all ranks for one other thread: a group must see the same order of collectives on every
@@ -102,6 +116,8 @@ def start(timeout_minutes: float) -> World:
     host_group = dist.new_group(backend="gloo", timeout=timeout)
     world = World(dist.get_rank(), dist.get_world_size(), local_rank, device, host_group, timeout)
     _limit_threads(world)
+    if not world.is_main:  # what is no warning is the same on every rank
+        logging.getLogger("keye_train").setLevel(logging.WARNING)
     return world
 
 

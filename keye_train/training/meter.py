@@ -8,9 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+SOURCE, TASK = "loss/", "task_loss/"
+
 
 class LossMeter:
-    """Loss by source, and further figures, of one step.
+    """Loss by source and by task, and further figures, of one step.
 
     Nothing here waits for the device until :meth:`totals`.
 
@@ -21,25 +23,33 @@ class LossMeter:
     """
 
     def __init__(self, sources: Sequence[str], figures: Sequence[str], device: torch.device) -> None:
-        self.names = [f"loss/{source}" for source in sources] + list(figures)
+        self._names = [f"{SOURCE}{source}" for source in sources] + list(figures)
+        self._tasks: Sequence[str] = ()
+        self._place = {name: place for place, name in enumerate(self._names)}
         self._sources = len(sources)
-        self._place = {name: place for place, name in enumerate(self.names)}
         self._device = device
-        self.reset()
+        self.reset(())
 
-    def reset(self) -> None:
-        """Forget everything: a new step begins."""
-        self._sums = torch.zeros(len(self.names), dtype=torch.float64, device=self._device)
+    def reset(self, tasks: Sequence[str]) -> None:
+        """Forget everything: a new step begins.
 
-    def add(self, losses: Tensor, sources: Tensor, figures: dict[str, Tensor]) -> None:
+        Args:
+            tasks: names, in the order of the task numbers; the same on every rank.
+        """
+        self._tasks = tasks
+        self._sums = torch.zeros(len(self._names) + len(tasks), dtype=torch.float64, device=self._device)
+
+    def add(self, losses: Tensor, groups: Tensor, figures: dict[str, Tensor]) -> None:
         """Add one micro-batch.
 
         Args:
             losses: [K] float32, on the device.
-            sources: [K] int64 source number of each, on the device.
+            groups: [2, K] int64 source and task number of each, on the device.
             figures: scalar sums, on the device.
         """
-        self._sums[: self._sources].index_add_(0, sources, losses.detach().double())
+        values = losses.detach().double()
+        self._sums[: self._sources].index_add_(0, groups[0], values)
+        self._sums[len(self._names) :].index_add_(0, groups[1], values)
         for name, value in figures.items():
             self.include(name, value)
 
@@ -50,4 +60,5 @@ class LossMeter:
     def totals(self) -> dict[str, float]:
         """Sums over all ranks. Collective: every rank must reach this. Waits for the device."""
         dist.all_reduce(self._sums)
-        return dict(zip(self.names, self._sums.tolist(), strict=True))
+        names = [*self._names, *(f"{TASK}{task}" for task in self._tasks)]
+        return dict(zip(names, self._sums.tolist(), strict=True))

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import sys
-import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from tqdm import tqdm
-
 from keye_train import runs
 from keye_train.settings import LoggingSettings
-
-logger = logging.getLogger(__name__)
-
-QUIET_PROGRESS_S = 15.0  # where the output is no terminal: seconds between two progress lines
+from keye_train.training.progress import Progress
 
 Row = dict[str, Any]
 
@@ -91,38 +83,6 @@ class Monitor:
             self._progress.close()
 
 
-class Progress:
-    """A bar with the time left on a terminal; elsewhere a log line now and then."""
-
-    def __init__(self, name: str, first_step: int, steps: int) -> None:
-        self._name, self._steps, self._first = name, steps, first_step
-        self._started = self._last_line = time.monotonic()
-        self._figures = ""
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True)
-
-    def advance(self, step: int, row: Row | None) -> None:
-        """Show that ``step`` steps are done."""
-        if row is not None:
-            loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-            self._figures = f"loss {loss}, {row['tokens_per_s']:,.0f} tokens/s"
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._figures, refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
-        now = time.monotonic()
-        if now - self._last_line >= QUIET_PROGRESS_S or step in (self._first + 1, self._steps):
-            self._last_line = now
-            left_s = (now - self._started) / (step - self._first) * (self._steps - step)
-            logger.info("%s: step %d/%d, %s, %s left", self._name, step, self._steps, self._figures, _clock(left_s))
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        if self._bar is not None:
-            self._bar.close()
-
-
 def _open_tensorboard(run_dir: Path, first_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # heavy: only where it is used
 
@@ -158,9 +118,3 @@ def _flatten(row: Row, prefix: str = "") -> dict[str, float]:
         elif value is not None:
             flat[prefix + key] = value
     return flat
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -7,7 +7,6 @@ micro-batch -> apply or refuse -> log. Nothing waits for the device between the 
 from __future__ import annotations
 
 import logging
-import math
 import random
 import time
 from functools import partial
@@ -26,16 +25,15 @@ from keye_train.model import module_parameters
 from keye_train.model.pretrained import load_state
 from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.sample import SampleRef
-from keye_train.settings import LossWeighting, Objective, TrainSettings
+from keye_train.settings import TrainSettings
 from keye_train.training import build, checkpoint, distributed, export, manifest
 from keye_train.training.checkpoint import Checkpoint, TrainState
 from keye_train.training.counting import BatchCounter, Counts
 from keye_train.training.distributed import World
 from keye_train.training.engine import Engine, Outcome
 from keye_train.training.guards import NonFiniteGuard, StopRequest, exit_code
-from keye_train.training.meter import LossMeter
+from keye_train.training.metrics import StepMetrics
 from keye_train.training.monitor import Monitor
-from keye_train.training.objectives import item_weights
 from keye_train.training.occupancy import RunLock
 from keye_train.training.optimizer import parameter_groups
 from keye_train.training.saver import Saver
@@ -45,8 +43,6 @@ logger = logging.getLogger(__name__)
 
 SAVE_PATIENCE_S = 60.0
 """How long a failing rank waits for its save under way."""
-
-WEIGHTED_LOSS, GRAD_SQUARE = "weighted_loss", "grad_square/"
 
 
 def train(settings: TrainSettings) -> int:
@@ -100,9 +96,7 @@ class Trainer:
         self.skip_limit.check_marks(self.plan)
         self.guard = NonFiniteGuard(settings.guards.non_finite, self.state.refused_in_a_row, self.state.refused_total)
         self.counter = BatchCounter(self.plan.sources, self.objective, self.stage.loss_weighting)
-        weighted = () if self.stage.loss_weighting == LossWeighting.per_token else (WEIGHTED_LOSS,)
-        squares = tuple(f"{GRAD_SQUARE}{module}" for module in self.stage.trainable)
-        self.meter = LossMeter(self.plan.sources, (*self.objective.figures, *weighted, *squares), world.device)
+        self.metrics = StepMetrics(settings, world, self.plan.sources, self.objective, self.plan.cost)
 
     def run(self) -> int:
         """Train to the end or to a signal; the exit code."""
@@ -167,7 +161,8 @@ class Trainer:
             )
             row = None
             if self.state.step % self.settings.logging.every_steps == 0 or self.state.step == self.stage.steps:
-                row = self._row(data, counts, rates, outcome, data_wait_s, time.monotonic() - began)
+                step_s = time.monotonic() - began
+                row = self.metrics.row(data, counts, rates, outcome, self.engine, data_wait_s, step_s)
                 monitor.write(row)
             monitor.advance(self.state.step, row)
             last = self.state.step == self.stage.steps
@@ -183,21 +178,15 @@ class Trainer:
         """Forward and backward of every micro-batch, then the update."""
         seed_step(self.settings.seed, data.step, self.world.rank)
         rates = self.engine.set_learning_rates(data.step, self.stage)
-        self.meter.reset()
+        self.metrics.begin(counts)
         # The engine averages over ranks; we want the sum over ranks divided by the weight of all items.
         weight = self.world.size / (counts.weight or 1)
-        for number, pack in enumerate(data.packs):
-            sources = self.counter.item_sources(pack).to(self.world.device, non_blocking=True)
-            of_item = item_weights(self.counter.item_samples(pack), self.stage.loss_weighting)
-            if of_item is not None:
-                of_item = of_item.to(self.world.device, non_blocking=True)
+        for number, (pack, on_host) in enumerate(zip(data.packs, counts.packs, strict=True)):
+            items = on_host.to(self.world.device)
             losses, figures = self.engine.forward(pack.inputs.to(self.world.device))
-            self.meter.add(losses, sources, figures)
-            if of_item is not None:
-                self.meter.include(WEIGHTED_LOSS, (losses.detach() * of_item).sum())
-            self.engine.accumulate(weighted_sum(losses, weight, of_item), last=number == len(data.packs) - 1)
-        for module, square in self.engine.module_gradient_squares().items():
-            self.meter.include(f"{GRAD_SQUARE}{module}", square)
+            self.metrics.add(losses, items, figures)
+            self.engine.accumulate(weighted_sum(losses, weight, items.weights), last=number == len(data.packs) - 1)
+        self.metrics.add_gradient_squares(self.engine.module_gradient_squares())
         outcome = self.engine.apply()
         self.guard.observe(outcome.applied, data.step + 1, _samples(data))
         return rates, outcome
@@ -209,50 +198,6 @@ class Trainer:
         if self.saver.saved_step != self.state.step:  # the disk was full a moment ago: the state is worth another try
             self.saver.save(self.state)
             self.saver.wait()
-
-    def _row(
-        self,
-        data: StepData,
-        counts: Counts,
-        rates: dict[str, float],
-        outcome: Outcome,
-        data_wait_s: float,
-        step_s: float,
-    ) -> dict[str, Any]:
-        """What metrics.jsonl says about a step. Collective: every rank must reach this, once for each logged step."""
-        totals = self.meter.totals()
-        by_token = sum(totals[f"loss/{name}"] for name in self.plan.sources)
-        by_source = zip(self.plan.sources, counts.items_by_source, strict=True)
-        packs = self.stage.global_batch_packs
-        row: dict[str, Any] = {
-            "step": self.state.step,
-            "loss": _finite(totals.get(WEIGHTED_LOSS, by_token) / (counts.weight or 1)),
-            "loss_by_source": {name: _finite(totals[f"loss/{name}"] / items) for name, items in by_source if items},
-            "lr": rates,
-            "grad_norm": _finite(outcome.grad_norm),
-            "grad_norms": {name: _finite(totals[f"{GRAD_SQUARE}{name}"] ** 0.5) for name in self.stage.trainable},
-            "applied": outcome.applied,
-            "tokens": counts.tokens,
-            "labelled_tokens": counts.items,
-            "patches": counts.patches,
-            "samples": counts.samples,
-            "fill": counts.tokens / (packs * self.stage.max_tokens),
-            "patch_fill": counts.patches / (packs * self.stage.max_patches),
-            "tokens_per_s": counts.tokens / step_s,
-            "step_s": step_s,
-            "data_wait_s": data_wait_s,
-            "skipped": counts.skipped,
-            "changed": counts.changed,
-        }
-        if self.stage.loss_weighting != LossWeighting.per_token:  # comparable between weightings
-            row["token_loss"] = _finite(by_token / max(counts.items, 1))
-        if self.stage.objective == Objective.contrastive:
-            row["pairs"] = row.pop("labelled_tokens")
-            row["retrieval_accuracy"] = totals["retrieved"] / max(counts.items, 1)
-            if self.stage.caption_weight:
-                row["caption_loss"] = totals["caption_loss"] / max(counts.items, 1)
-            row["logit_scale"] = math.exp(float(self.engine.full_parameter("logit_scale")))
-        return row
 
     def _build_engine(self, found: Checkpoint | None) -> Engine:
         """The engine, at the start of the run or where the checkpoint stands."""
@@ -319,8 +264,3 @@ def weighted_sum(losses: Tensor, weight: float, of_item: Tensor | None = None) -
 
 def _samples(data: StepData) -> list[SampleRef]:
     return [ref for pack in data.packs for ref in pack.refs]
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None

@@ -90,6 +90,27 @@ class TestOneModelWhateverTheRanks:
         assert {"000000005"} == {row["key"] for row in read_ledger(one_process)}
         assert sum(row["skipped"] for row in rows) == len(read_ledger(one_process))
 
+    def test_figures_are_of_all_ranks(self, one_process: Path, two_processes: Path) -> None:
+        tasks = {"pairs": "caption", "images": "colour", "clips": "video", "text": "text"}
+        both = (runs.read_jsonl(folder / runs.METRICS) for folder in (one_process, two_processes))
+        for one, two in zip(*both, strict=True):
+            for row in (one, two):
+                by_task = {tasks[source]: loss for source, loss in row["loss_by_source"].items()}
+                assert row["loss_by_task"] == pytest.approx(by_task)
+                assert 0 <= row["data_wait_share"] <= 1
+            assert two["loss_by_task"] == pytest.approx(one["loss_by_task"], rel=1e-5)
+            for figure in ("tokens", "patches", "samples", "labelled_tokens", "fill", "patch_fill"):
+                assert one[figure] == two[figure]
+            assert one["flops_per_s"] * one["step_s"] == pytest.approx(two["flops_per_s"] * two["step_s"])
+            assert one["balance"] == 1
+            assert 0.5 < two["balance"] <= 1
+
+    def test_other_ranks_are_quiet(self, toy_corpus: ToyCorpus, tmp_path: Path) -> None:
+        """What is said of a run is said once."""
+        command = toy_corpus.command([*ranks.torchrun(2), "-m"], STAGE, tmp_path, *LONG, "stage.steps=1")
+        output = ranks.run(command, timeout_s=240)
+        assert output.count("trainable parameters") == output.count("step 1/1") == 1
+
     def test_weights_agree_to_rounding(self, one_process: Path, two_processes: Path) -> None:
         ours, reference = weights(two_processes), weights(one_process)
         for name, expected in reference.items():
