@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from keye_train.data.heldout import Skipped, leave_out
 from keye_train.evaluation.generate import generate_batch
-from keye_train.evaluation.heldout import Heldout, Question, Skipped, leave_out
+from keye_train.evaluation.heldout import Heldout, Question
 from keye_train.model.keye import KeyeForConditionalGeneration
 from keye_train.model.sample_encoder import EncodedSample, SampleEncoder
 from keye_train.sample import SampleError

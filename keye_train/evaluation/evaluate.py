@@ -19,9 +19,10 @@ from typing import Any
 from rich.console import Console
 from tqdm import tqdm
 
+from keye_train.data.heldout import Skipped, leave_out, read_drawn
 from keye_train.evaluation.answers import Encoded, answer_all, encode_task
 from keye_train.evaluation.exports import Export, compute_dtype, device
-from keye_train.evaluation.heldout import Heldout, Question, Skipped, fingerprint, leave_out, read_drawn, read_tasks
+from keye_train.evaluation.heldout import Heldout, Question, fingerprint, read_tasks
 from keye_train.evaluation.loss import heldout_loss
 from keye_train.evaluation.results import results_table, summarise, task_result
 from keye_train.evaluation.retrieval import embed_pairs, retrieval_scores

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from keye_train.data.collate import collate_samples
+from keye_train.data.heldout import fill_packs
+from keye_train.data.packing import Budget
 from keye_train.model.keye import KeyeForConditionalGeneration
 from keye_train.model.sample_encoder import EncodedSample
 from keye_train.settings import ModelSettings
@@ -42,14 +44,5 @@ def sample_losses(
 
 def packs(samples: Sequence[EncodedSample]) -> Iterator[list[EncodedSample]]:
     """Neighbouring samples that share a pack, within both budgets."""
-    pack: list[EncodedSample] = []
-    tokens = patches = 0
-    for sample in samples:
-        own_tokens, own_patches = len(sample.input_ids), len(sample.pixel_patches)
-        if pack and (tokens + own_tokens > PACK_TOKENS or patches + own_patches > PACK_PATCHES):
-            yield pack
-            pack, tokens, patches = [], 0, 0
-        pack.append(sample)
-        tokens, patches = tokens + own_tokens, patches + own_patches
-    if pack:
-        yield pack
+    sizes = [(len(sample.input_ids), len(sample.pixel_patches)) for sample in samples]
+    return fill_packs(samples, sizes, Budget(PACK_TOKENS, PACK_PATCHES))

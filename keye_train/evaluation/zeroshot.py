@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keye_train.evaluation.heldout import Skipped, read_rows, shard_rows
+from keye_train.data.heldout import Skipped, read_rows, shard_rows
 from keye_train.evaluation.retrieval import BATCH_PAIRS
 from keye_train.evaluation.scoring import interval
 from keye_train.model.dual_encoder import DualEncoder

@@ -41,7 +41,7 @@ from keye_train.settings.guards import (
     SpikeSettings,
     WatchdogSettings,
 )
-from keye_train.settings.logging import LoggingSettings
+from keye_train.settings.logging import LoggingSettings, TrainEvaluationSettings
 from keye_train.settings.merging import MergeSettings
 from keye_train.settings.model import (
     CaptionDecoderSettings,
@@ -131,6 +131,7 @@ __all__ = [
     "StartWeightsSettings",
     "StorageSettings",
     "TextTowerSettings",
+    "TrainEvaluationSettings",
     "TrainSettings",
     "VideoBackend",
     "VisionTowerSettings",

@@ -16,7 +16,12 @@ from keye_train.settings.basics import (
 from keye_train.settings.checkpoint import CheckpointSettings, check_checkpoint
 from keye_train.settings.data import DataSettings, check_data
 from keye_train.settings.guards import GuardSettings, check_guards
-from keye_train.settings.logging import LoggingSettings, check_logging
+from keye_train.settings.logging import (
+    LoggingSettings,
+    TrainEvaluationSettings,
+    check_logging,
+    check_train_evaluation,
+)
 from keye_train.settings.model import ModelSettings, check_model
 
 
@@ -131,6 +136,7 @@ class TrainSettings:
     run_dir: str
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     guards: GuardSettings = field(default_factory=GuardSettings)
+    evaluation: TrainEvaluationSettings = field(default_factory=TrainEvaluationSettings)
     parent: str | None = None
     """Run folder or export of the stage before; null: first weights from ``model.start``."""
     seed: int = 0
@@ -164,6 +170,7 @@ class TrainSettings:
         check_checkpoint(self.checkpoint)
         check_guards(self.guards, self.deepspeed.timeout_minutes)
         check_logging(self.logging)
+        check_train_evaluation(self.evaluation, self.stage.objective, self.data)
         if self.parent is None and not self.model.start.random:
             _check_start_weights(self)
 

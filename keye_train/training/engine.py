@@ -12,7 +12,8 @@ Nothing else in the package knows which ZeRO stage is running. Three things diff
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +137,16 @@ class Engine:
     def forward(self, *inputs: Any) -> Any:
         """Run the module. Collective under ZeRO-3."""
         return self._deepspeed(*inputs)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forwards inside leave no trace: no gradients, no activations recomputed or kept."""
+        self._deepspeed.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._deepspeed.train()
 
     def accumulate(self, loss: Tensor, last: bool) -> None:
         """Backward of one micro-batch.

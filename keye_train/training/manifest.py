@@ -27,6 +27,7 @@ FREE_TO_CHANGE = (
     "logging.",
     "checkpoint.",
     "guards.",
+    "evaluation.",
     "deepspeed.zero_stage",
     "deepspeed.offload_",
     "deepspeed.overlap_comm",

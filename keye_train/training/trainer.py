@@ -32,6 +32,7 @@ from keye_train.training.counting import BatchCounter, Counts
 from keye_train.training.distributed import World
 from keye_train.training.engine import Engine, Outcome
 from keye_train.training.guards import NonFiniteGuard, StopRequest, exit_code
+from keye_train.training.heldout import HeldoutLoss
 from keye_train.training.metrics import StepMetrics
 from keye_train.training.monitor import Monitor
 from keye_train.training.occupancy import RunLock
@@ -96,6 +97,7 @@ class Trainer:
         self.skip_limit.check_marks(self.plan)
         self.guard = NonFiniteGuard(settings.guards.non_finite, self.state.refused_in_a_row, self.state.refused_total)
         self.counter = BatchCounter(self.plan.sources, self.objective, self.stage.loss_weighting)
+        self.heldout = HeldoutLoss(settings, world, self.processor, self.objective)
         self.metrics = StepMetrics(settings, world, self.plan.sources, self.objective, self.plan.cost)
 
     def run(self) -> int:
@@ -160,12 +162,14 @@ class Trainer:
                 wall_s=self.state.wall_s + time.monotonic() - began,
             )
             row = None
-            if self.state.step % self.settings.logging.every_steps == 0 or self.state.step == self.stage.steps:
+            last = self.state.step == self.stage.steps
+            measured = self.heldout.is_due(self.state.step)
+            if measured or last or self.state.step % self.settings.logging.every_steps == 0:
                 step_s = time.monotonic() - began
                 row = self.metrics.row(data, counts, rates, outcome, self.engine, data_wait_s, step_s)
+                row |= self.heldout.measure(self.engine) if measured else {}
                 monitor.write(row)
             monitor.advance(self.state.step, row)
-            last = self.state.step == self.stage.steps
             if counts.stop or last:
                 self._save_last()
             elif self.state.step % self.settings.checkpoint.every_steps == 0:

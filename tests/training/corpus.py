@@ -58,6 +58,11 @@ sources:
   images: {{shards: ["${{data.root}}/images-*.tar"]}}
   clips: {{shards: ["${{data.root}}/clips-*.tar"]}}
   text: {{shards: ["${{data.root}}/text-*.tar"]}}
+heldout: # the same shards: nothing is learned about generalisation here
+  images: {{shards: ["${{data.root}}/images-*.tar"]}}
+  clips: {{shards: ["${{data.root}}/clips-*.tar"]}}
+  text: {{shards: ["${{data.root}}/text-*.tar"]}}
+heldout_pairs: {{shards: ["${{data.root}}/pairs-*.tar"]}}
 mixtures:
   vision: {{pairs: 1.0}}
   align: {{pairs: 1.0}}

@@ -105,17 +105,36 @@ class TestOneModelWhateverTheRanks:
             assert one["balance"] == 1
             assert 0.5 < two["balance"] <= 1
 
-    def test_other_ranks_are_quiet(self, toy_corpus: ToyCorpus, tmp_path: Path) -> None:
-        """What is said of a run is said once."""
-        command = toy_corpus.command([*ranks.torchrun(2), "-m"], STAGE, tmp_path, *LONG, "stage.steps=1")
-        output = ranks.run(command, timeout_s=240)
-        assert output.count("trainable parameters") == output.count("step 1/1") == 1
-
     def test_weights_agree_to_rounding(self, one_process: Path, two_processes: Path) -> None:
         ours, reference = weights(two_processes), weights(one_process)
         for name, expected in reference.items():
             # Adam turns rounding of a gradient near zero into a step of up to its learning rate.
             torch.testing.assert_close(ours[name], expected, rtol=0, atol=2e-3)
+
+
+class TestHeldoutLosses:
+    """Looking at held-out samples on the way changes nothing."""
+
+    EVALUATED = ("evaluation.every_steps=5", "evaluation.max_samples=7", "logging.every_steps=2")
+
+    def test_two_ranks_train_alike_and_say_it_once(
+        self, toy_corpus: ToyCorpus, one_process: Path, two_processes: Path, tmp_path: Path
+    ) -> None:
+        run_dir, alone = tmp_path / "two", tmp_path / "one"
+        command = toy_corpus.command([*ranks.torchrun(2), "-m"], STAGE, run_dir, *LONG, *self.EVALUATED)
+        output = ranks.run(command, timeout_s=240)
+        assert differing(weights(run_dir), weights(two_processes)) == []
+        assert train(toy_corpus.settings(STAGE, alone, *LONG, "deepspeed.zero_stage=0", *self.EVALUATED)) == 0
+        assert differing(weights(alone), weights(one_process)) == []
+        both = [runs.read_jsonl(folder / runs.METRICS) for folder in (run_dir, alone)]
+        for two, one in zip(*both, strict=True):
+            assert one["step"] == two["step"]
+            assert two["loss"] == losses(two_processes)[two["step"] - 1]
+            assert ("heldout_loss" in one) == (one["step"] in (5, 10, STEPS))
+            if "heldout_loss" in one:
+                assert set(one["heldout_loss"]) == {"images", "clips", "text"}
+                assert two["heldout_loss"] == pytest.approx(one["heldout_loss"], rel=1e-5)
+        assert output.count("trainable parameters") == output.count("step 12/12") == 1  # other ranks are quiet
 
 
 class TestInterruptedEqualsUninterrupted:
