@@ -101,6 +101,16 @@ def keep_rows_until(path: Path, step: int) -> None:
     write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values under one key each: ``{"a": {"b": 1}}`` becomes ``{"a.b": 1}``. Empty mappings stay values."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
 def export_dir(path: str | Path) -> Path:
     """The export that ``path``, a run folder or an export, stands for.
 

@@ -69,6 +69,10 @@ def test_a_shown_command_is_understood(page: str, line: str) -> None:
         if program == "keye-merge" and words[1] in MERGE_COMMANDS:
             schema, primary, words = MERGE_COMMANDS[words[1]].schema, words[1], words[1:]
         compose.load_settings(schema, primary, [word for word in words[1:] if not word.startswith("--")])
+    elif program == "keye-train diff":
+        from keye_train.cli.diff import parser
+
+        parser().parse_args(words[1:])
     elif program == "keye-data":
         from data_tools.cli import build_parser
 

@@ -11,6 +11,7 @@ from keye_train.settings import TrainSettings
 
 COMMANDS: dict[str, str] = {
     "plan": "what a run will take: memory, time, traffic",
+    "diff": "what two runs have in common, and what not",
 }
 """First word behind ``keye-train`` that is no override -> what it does. Its module in this folder, of the same name,
 has a function ``main(argv)``."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -203,3 +204,18 @@ class Corpus:
         if self.quarantine is not None:
             digest.update(self.quarantine.encode())
         return digest.hexdigest()
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Of each source: number of shards and samples, bytes, and a sha256 over the checksums of its shards."""
+        described = {}
+        for name, source in self.sources.items():
+            digest = hashlib.sha256()
+            for header in source.headers:
+                digest.update(header.sha256.encode())
+            described[name] = {
+                "shards": len(source.headers),
+                "samples": len(source),
+                "bytes": sum(header.shard_bytes for header in source.headers),
+                "sha256": digest.hexdigest(),
+            }
+        return described

@@ -153,6 +153,8 @@ def _accuracy_chart(root: RunRoot) -> Markup:
 def _curves(run: StageRun, opened: bool) -> dict[str, Any]:
     parent = f"from {run.parent}" if run.parent else "from the start weights"
     parts = [str(run.manifest.get("stage", "")), parent, f"{len(run.rows)} logged steps", clock(run.wall_s)]
+    refused = sum(row.get("applied") is False for row in run.rows)
+    parts += [f"{_counted(refused, 'update')} refused"] if refused else []
     return {
         "name": run.name,
         "about": ", ".join(part for part in parts if part),
@@ -164,24 +166,42 @@ def _curves(run: StageRun, opened: bool) -> dict[str, Any]:
 def _charts(run: StageRun) -> list[Markup]:
     if not run.rows:
         return []
-    waits = [
-        wait / step if wait is not None and step else None
-        for wait, step in zip(run.column("data_wait_s"), run.column("step_s"), strict=True)
-    ]
     return [
         line_chart(_raw_and_smooth(run, run.column("loss")), "Training loss"),
+        line_chart(_family(run, "heldout_loss", smoothed=False), "Held-out loss by set"),
         line_chart(_family(run, "loss_by_source", smoothed=True), "Training loss by source, smoothed"),
+        line_chart(_family(run, "loss_by_task", smoothed=True), "Training loss by task, smoothed"),
         line_chart(_family(run, "lr", smoothed=False), "Learning rate by module", from_zero=True),
         line_chart(_raw_and_smooth(run, run.column("grad_norm")), "Gradient norm before clipping", from_zero=True),
+        line_chart(_family(run, "grad_norms", smoothed=True), "Gradient norm by module, smoothed", from_zero=True),
         line_chart(_raw_and_smooth(run, run.column("tokens_per_s")), "Tokens a second, all ranks", from_zero=True),
+        line_chart(_raw_and_smooth(run, run.column("mfu")), "Model FLOPs utilisation (MFU)", percent, from_zero=True),
         line_chart(_fills(run), "Fill of the two budgets of a pack, smoothed", percent, (0.0, 1.0)),
-        line_chart(_raw_and_smooth(run, waits), "Share of the step spent waiting for data", percent, from_zero=True),
+        line_chart(_raw_and_smooth(run, run.column("balance")), "Balance: mean rank over slowest", percent, (0.0, 1.0)),
+        line_chart(_raw_and_smooth(run, _waits(run)), "Share of the step waiting for data", percent, from_zero=True),
+        line_chart(_memory(run), "Memory of the rank that has most", _bytes, from_zero=True),
         line_chart(_raw_and_smooth(run, run.column("retrieval_accuracy")), "Retrieval within the batch", percent),
     ]
 
 
 def _raw_and_smooth(run: StageRun, values: list[float | None]) -> list[Series]:
     return [Series("each step", run.steps, values, faint=True), Series("smoothed", run.steps, smooth(values))]
+
+
+def _waits(run: StageRun) -> list[float | None]:
+    """Share of each step in which the slowest rank waited for data; reckoned where an older run has no such column."""
+    pairs = zip(run.column("data_wait_s"), run.column("step_s"), strict=True)
+    return [wait / step if wait is not None and step else None for wait, step in pairs]
+
+
+def _memory(run: StageRun) -> list[Series]:
+    columns = (("device, peak", "device_memory_bytes"), ("host", "host_memory_bytes"))
+    lines = [(label, run.column(name)) for label, name in columns]
+    return [Series(label, run.steps, ys, number) for number, (label, ys) in enumerate(lines) if any(ys)]
+
+
+def _bytes(value: float) -> str:
+    return f"{short(value)}B"
 
 
 def _fills(run: StageRun) -> list[Series]:

@@ -54,7 +54,7 @@ def recipe_values(settings: TrainSettings) -> dict[str, Any]:
 def recipe_sha256(settings: TrainSettings) -> str:
     """Hash of the part of a recipe that decides the result."""
     flat = {
-        key: value for key, value in _flatten(recipe_values(settings)).items() if not key.startswith(FREE_TO_CHANGE)
+        key: value for key, value in runs.flatten(recipe_values(settings)).items() if not key.startswith(FREE_TO_CHANGE)
     }
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
@@ -95,7 +95,7 @@ def foreign(settings: TrainSettings, manifest: Mapping[str, Any]) -> str | None:
 def _changes(recipe: Any, settings: TrainSettings) -> str:
     """The keys in which a stored recipe differs from ``settings``, and both values; empty where none matters."""
     stored = compose.to_settings(TrainSettings, recipe)
-    before, now = _flatten(recipe_values(stored)), _flatten(recipe_values(settings))
+    before, now = runs.flatten(recipe_values(stored)), runs.flatten(recipe_values(settings))
     changed = [
         key for key in sorted(before | now) if before.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
     ]
@@ -149,10 +149,18 @@ def export_fingerprint(folder: Path) -> str:
 def begin(
     settings: TrainSettings,
     data_fingerprint: str,
+    data: Mapping[str, Any],
     parameters: Mapping[str, Mapping[str, int]],
     world_size: int,
 ) -> dict[str, Any]:
     """Write recipe.yaml and the manifest of a run that starts or resumes. Rank 0 only.
+
+    Args:
+        settings: of the run.
+        data_fingerprint: of the plan.
+        data: of each source, what there is of it; see ``Corpus.describe``.
+        parameters: trained and frozen, by module.
+        world_size: number of ranks.
 
     Raises:
         SettingsError: the parent changed since the run started.
@@ -178,6 +186,7 @@ def begin(
         "recipe_sha256": recipe_sha256(settings),
         "seed": settings.seed,
         "data_fingerprint": data_fingerprint,
+        "data": dict(data),
         "parameters": parameters,
         "world_size": world_size,
         "versions": runs.versions(),
@@ -195,15 +204,6 @@ def finish(run_dir: Path, manifest: dict[str, Any], result: Mapping[str, Any]) -
     done["export_fingerprint"] = export_fingerprint(run_dir / runs.EXPORT)
     runs.write_json_atomic(run_dir / runs.EXPORT / runs.MANIFEST, done)
     runs.write_json_atomic(run_dir / runs.MANIFEST, done)
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def _now() -> str:

@@ -228,7 +228,8 @@ class Trainer:
         if self.world.is_main:
             build.log_parameters(counts)
             try:
-                written = manifest.begin(self.settings, self.plan.fingerprint, counts, self.world.size)
+                data = self.plan.corpus.describe()
+                written = manifest.begin(self.settings, self.plan.fingerprint, data, counts, self.world.size)
             except (OSError, ValueError) as caught:
                 error = caught
         self.world.require_all(error, "writing the manifest")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,15 @@ def write_run(folder: Path, stage: str, parent: str | None, sources: list[str], 
             "step": step,
             "loss": 4.0 / step,
             "loss_by_source": {source: 4.0 / step + n for n, source in enumerate(sources) if (step + n) % 3},
+            "loss_by_task": {"reading": 4.0 / step},
             "lr": {"vision": 1e-3, "projector": 2e-3},
             "grad_norm": None if step == 4 else 1.0,
+            "grad_norms": {"vision": None if step == 4 else 0.6, "projector": 0.8},
+            "applied": step != 4,
+            "balance": 0.9,
+            "mfu": 0.4,
+            "device_memory_bytes": 0,
+            "host_memory_bytes": 3_000_000_000,
             "tokens": 1000,
             "samples": 20,
             "fill": 0.95,
@@ -54,6 +62,8 @@ def write_run(folder: Path, stage: str, parent: str | None, sources: list[str], 
         }
         for step in range(1, steps + 1)
     ]
+    for row in rows[9::10]:
+        row["heldout_loss"] = {"ground": 5.0 / row["step"], "text": 6.0 / row["step"]}  # type: ignore[operator]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -121,6 +131,12 @@ def model(name: str, shard: Path, ground: float, text: float, answer: str) -> di
             sample(shard, "001", "text", "4", f"{name} says {EVIL}", 0.0),
         ],
     }
+
+
+@pytest.fixture
+def run_writer() -> Callable[..., None]:
+    """:func:`write_run`, for tests that want runs of their own."""
+    return write_run
 
 
 @pytest.fixture

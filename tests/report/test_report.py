@@ -88,6 +88,17 @@ class TestContent:
         page = written(root)
         for title in ("Training loss", "Training loss by source", "Learning rate", "Gradient norm", "Tokens a second"):
             assert page.count(f"<figcaption>{title}") >= 3, title
+        for title in (
+            "Held-out loss by set",
+            "Training loss by task",
+            "Gradient norm by module",
+            "Model FLOPs",
+            "Balance",
+        ):
+            assert page.count(f"<figcaption>{title}") == 3, title
+        assert page.count("Memory of the rank that has most") == 6  # caption and accessible name
+        assert page.count("</span>device, peak</li>") == 0  # a CPU has none
+        assert "1 update refused" in plain(page)
         assert page.count("Retrieval within the batch") == 0  # no run has logged it
         assert page.count("</span>caption</li>") == 2
         assert "NaN" not in page

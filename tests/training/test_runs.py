@@ -18,6 +18,7 @@ from torch import Tensor
 
 from keye_train import runs
 from keye_train.data.ledger import read_ledger
+from keye_train.report.difference import compare_runs
 from keye_train.settings import SettingsError
 from keye_train.training.trainer import train
 
@@ -82,6 +83,14 @@ class TestOneModelWhateverTheRanks:
         short = ("stage.steps=12", "deepspeed.zero_stage=3", "stage.activation_checkpointing=full")
         ranks.run(toy_corpus.command(DEEPSPEED, STAGE, run_dir, *short), timeout_s=240)
         assert losses(run_dir) == pytest.approx(losses(one_process), rel=1e-5)
+
+    def test_diff_finds_nothing_but_what_was_changed(self, one_process: Path, two_processes: Path) -> None:
+        assert compare_runs(one_process, one_process).same
+        found = compare_runs(one_process, two_processes).differences
+        assert [one.key for one in found["recipe"]] == ["deepspeed.zero_stage"]
+        assert [one.key for one in found["code"]] == ["ranks"]
+        assert found["data"] == []
+        assert runs.read_json(one_process / runs.MANIFEST)["data"]["text"]["samples"] == 16
 
     def test_packs_hold_what_this_test_is_about(self, one_process: Path) -> None:
         """Every source was trained on, also the broken picture's, and packs differ in what they hold."""
