@@ -27,6 +27,7 @@ from keye_train.settings import (
     ForecastSettings,
     MergeSettings,
     PipelineSettings,
+    ReplaySettings,
     ResolutionSettings,
     SettingsError,
     SoupSettings,
@@ -41,6 +42,7 @@ RECIPES_VARIABLE = "KEYE_RECIPES"
 # and a wrong one is refused while composing.
 _SCHEMAS = {
     "train": TrainSettings,
+    "replay": ReplaySettings,
     "merge": MergeSettings,
     "diagnose": DiagnosisSettings,
     "curve": CurveSettings,

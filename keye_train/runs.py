@@ -8,6 +8,10 @@
       metrics.jsonl          one line a step
       ledger.jsonl           one line for every sample that was planned and not trained on
       trained.jsonl          one line a step: how many samples it trained on, and their digest
+      left_out.json          batches that a rollback left out, with the loss spike that was the reason
+      heartbeats/            what each rank is doing, rewritten every few seconds
+      hangs/                 where every process stood when the run was stuck
+      flight/                the last steps of each rank
       checkpoints/step-N/    state of the training, whole or absent (keye_train.checkpoints)
       .lock                  held by every rank of the launch that trains here
       export/                the model in the official layout, with a manifest of its own
@@ -31,6 +35,10 @@ MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
 TRAINED = "trained.jsonl"
+LEFT_OUT = "left_out.json"
+HEARTBEATS = "heartbeats"
+HANGS = "hangs"
+FLIGHT = "flight"
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"
 EXPORT_EMA = "export_ema"

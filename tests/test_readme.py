@@ -11,7 +11,14 @@ import pytest
 from keye_train import compose
 from keye_train.cli.soups import COMMANDS as MERGE_COMMANDS
 from keye_train.cli.train import COMMANDS as TRAIN_COMMANDS
-from keye_train.settings import EvaluationSettings, ForecastSettings, MergeSettings, PipelineSettings, TrainSettings
+from keye_train.settings import (
+    EvaluationSettings,
+    ForecastSettings,
+    MergeSettings,
+    PipelineSettings,
+    ReplaySettings,
+    TrainSettings,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -19,6 +26,7 @@ PAGES = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "doc
 PROGRAMS = {
     "keye-train": (TrainSettings, "train"),
     "keye-train plan": (ForecastSettings, "forecast"),
+    "keye-train replay": (ReplaySettings, "replay"),
     "keye-merge": (MergeSettings, "merge"),
     "keye-eval": (EvaluationSettings, "eval"),
     "keye-pipeline": (PipelineSettings, "pipeline"),

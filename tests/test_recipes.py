@@ -113,6 +113,7 @@ def test_a_stored_recipe_reads_back_equal() -> None:
         (["stage=9_moon"], "9_moon"),
         (["deepspeed=zero0", "deepspeed.precision=bf16"], "bf16_autocast"),
         (["deepspeed=zero2", "deepspeed.offload_parameters=true"], "zero_stage=3"),
+        (["deepspeed=zero3", "deepspeed.nvme_path=/local"], "without deepspeed.offload_parameters=true"),
         (["stage.mixture=moon"], "mixtures: "),
         (["stage.trainable=[vision,text_tower]"], "text_tower"),
         (["stage=1_align", "stage.optimizer.module_lr.vision=1e-4"], "has no effect"),

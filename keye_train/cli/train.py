@@ -12,6 +12,7 @@ from keye_train.settings import TrainSettings
 COMMANDS: dict[str, str] = {
     "plan": "what a run will take: memory, time, traffic",
     "diff": "what two runs have in common, and what not",
+    "replay": "one step of a run once more, with the loss of each sample",
 }
 """First word behind ``keye-train`` that is no override -> what it does. Its module in this folder, of the same name,
 has a function ``main(argv)``."""

@@ -25,7 +25,10 @@ log = logging.getLogger(__name__)
 MARKED_PARTS, MARKED_ROWS = 64, 4096
 """Of a large source, so many parts of so many rows are searched at the start for samples that its index marks."""
 
-SOUND = (OVER_BUDGET, QUARANTINED, AT_THE_END)
+LEFT_OUT = "batch left out"
+"""How the reason of the samples begins whose whole batch is not trained on."""
+
+SOUND = (OVER_BUDGET, QUARANTINED, AT_THE_END, LEFT_OUT)
 """How the reasons begin that say nothing about whether a sample can be read."""
 
 MIN_SKIPPED = 10
@@ -76,7 +79,7 @@ class Ledger:
 
     def record(self, data: StepData) -> None:
         """Write down what a step skipped."""
-        for ref, reason in [*data.dropped, *(entry for pack in data.packs for entry in pack.skipped)]:
+        for ref, reason in [*data.dropped, *data.left_out, *(entry for pack in data.packs for entry in pack.skipped)]:
             log.info("step %d skips %s of %s: %s", data.step, ref.key, ref.shard, reason)
             row = {"step": data.step, "source": ref.source, "shard": ref.shard, "key": ref.key, "reason": reason}
             self._file.write(_line(row))
@@ -89,7 +92,7 @@ class Ledger:
             step: from 0.
             samples: that were read, over all ranks.
             digest: of those, see ``data.digest``.
-            applied: False where the update was refused as not finite.
+            applied: False where the update was refused, or the batch left out.
             changed: of the samples, those that ``data.overlong`` made fit.
         """
         if self._steps is not None:

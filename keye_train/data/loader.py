@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ class StepData:
     dropped: list[tuple[SampleRef, str]]  # drawn and given up by the plan, with the reason; rank 0 only
     plan_state_after: PlanState  # where a run goes on that has done this step
     balance: float = 1.0  # planned cost of the mean rank / of the slowest, summed over micro-steps; 1: no rank waits
+    left_out: list[tuple[SampleRef, str]] = field(default_factory=list)  # of this rank, with the reason
+    passed_over: bool = False  # the whole batch is left out, on every rank: there are no packs
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class PackReader:
         self.captions = captions  # lay out pairs for the caption loss too
         self._storage = storage
         self._shards = ShardReader(storage)
+        self.reading: tuple[ReadTask, ...] = ()  # looked at by other threads of this process
+        self.decoding = -1  # number of the sample
 
     def __call__(
         self, tasks: tuple[ReadTask, ...], given_up: Mapping[int, str] | None = None, watch: Watch = unwatched
@@ -110,11 +114,13 @@ class PackReader:
             ValueError: a sample has another size than its index says.
             OSError: a shard cannot be read; no sample is skipped for that.
         """
+        self.reading, self.decoding = tasks, -1
         found = self._shards.read_many([(task.shard, task.row) for task in tasks])
         read: list[Any] = []
         skipped: list[tuple[SampleRef, str]] = []
         whole: list[ReadTask] = []
         for number, (task, raw) in enumerate(zip(tasks, found, strict=True)):
+            self.decoding = number
             try:
                 if given_up and number in given_up:
                     raise SampleError(given_up[number])
@@ -123,6 +129,7 @@ class PackReader:
             except SampleError as error:
                 ref = SampleRef(task.source, task.shard, read_key(task.shard, task.row, self._storage))
                 skipped.append((ref, str(error)))
+        self.reading, self.decoding = (), -1
         model = self.processor.model
         pairs = self.objective == Objective.contrastive
         return LoadedPack(
@@ -172,6 +179,7 @@ class _PlannedStep:
     dropped: tuple[Dropped, ...]
     state_after: PlanState
     balance: float
+    left_out: list[tuple[SampleRef, str]] | None = None  # None: it is read
 
 
 class Loader:
@@ -185,6 +193,7 @@ class Loader:
         world_size: int,
         settings: TrainSettings,
         state: PlanState | None = None,
+        leave_out: Mapping[int, str] | None = None,
     ) -> None:
         """Start the readers.
 
@@ -194,12 +203,13 @@ class Loader:
             rank, world_size: which packs are ours.
             settings: objective, steps, readers and how far they work ahead.
             state: where to go on; None: from the beginning.
+            leave_out: steps whose batches are not read -> the reason; the same on every rank.
 
         Raises:
             SettingsError: the packs of a global batch do not divide over the ranks.
         """
         settings.gradient_accumulation(world_size)
-        self._plan, self._rank = plan, rank
+        self._plan, self._rank, self._leave_out = plan, rank, leave_out or {}
         self._steps = self._planned_steps(world_size, settings.stage.steps, state)
         self._ahead: deque[_PlannedStep] = deque()
         self._read = PackReader(
@@ -229,8 +239,27 @@ class Loader:
         if not self._ahead:
             raise StopIteration
         step = self._ahead.popleft()
+        if step.left_out is not None:
+            dropped = self._name(step.dropped)
+            return StepData(step.step, [], dropped, step.state_after, left_out=step.left_out, passed_over=True)
         packs = [future.result() for future in step.futures] or [self._read(tasks) for tasks in step.packs]
         return StepData(step.step, packs, self._name(step.dropped), step.state_after, step.balance)
+
+    def describe_readers(self) -> str:
+        """What is being read now, by whom, and where each reader process stands in its code. Any thread may ask."""
+        if self._pool is None:
+            return f"this process reads by itself: {_doing(self._read.reading, self._read.decoding)}\n"
+        text = ""
+        for look in self._pool.look():
+            since = f" for {look.seconds:.1f} s" if look.sample >= 0 else ""
+            doing = _doing(look.task or (), look.sample)
+            text += f"{look.name} (process {look.pid}): {doing}{since}\n{look.stacks}\n"
+        return text
+
+    def kill_readers(self) -> None:
+        """End the reader processes, waiting for nothing."""
+        if self._pool is not None:
+            self._pool.kill()
 
     def close(self) -> None:
         """End the readers."""
@@ -249,6 +278,11 @@ class Loader:
             if batch.step >= stop:
                 return
             micro_steps = assign(batch, world_size)
+            if (reason := self._leave_out.get(batch.step)) is not None:
+                samples = [sample for packs in micro_steps for sample in packs[self._rank].samples]
+                left_out = [(self._plan.source(one.source).ref(one.row), reason) for one in samples]
+                yield _PlannedStep(batch.step, [], [], batch.dropped, after, 1.0, left_out)
+                continue
             packs = [read_tasks(self._plan, micro_step[self._rank]) for micro_step in micro_steps]
             futures = [self._pool.submit(tasks) for tasks in packs] if self._pool is not None else []
             yield _PlannedStep(batch.step, packs, futures, batch.dropped, after, balance(micro_steps))
@@ -257,3 +291,13 @@ class Loader:
         if self._rank:
             return []
         return [(self._plan.source(sample.source).ref(sample.row), sample.reason) for sample in dropped]
+
+
+def _doing(tasks: tuple[ReadTask, ...], number: int) -> str:
+    if not tasks:
+        return "nothing is being read"
+    if number >= 0:
+        task = tasks[number]
+        return f"decoding row {task.row} of the shard {task.shard} ({task.source})"
+    shards = sorted({task.shard for task in tasks})
+    return f"fetching or sending a pack of {len(tasks)} samples of {', '.join(shards)}"

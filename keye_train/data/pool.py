@@ -20,6 +20,7 @@ import threading
 import traceback
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -28,6 +29,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from keye_train.data.limits import OF_THE_SAMPLE, DecodeLimits, DecodeWatch, Progress
+from keye_train.data.stacks import STACK_SIGNAL, StackFile
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ Task_contra = TypeVar("Task_contra", contravariant=True)
 Result_co = TypeVar("Result_co", covariant=True)
 
 JOIN_SECONDS = 10.0
+DEAF_TO = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, STACK_SIGNAL}
+"""Blocked in a reader from its first instruction on; ``STACK_SIGNAL`` until it can answer."""
 LOOK_SECONDS = 1.0
 """How often the clock of a sample is looked at."""
 
@@ -80,6 +84,15 @@ class ReaderPool(Generic[Task, Result]):
         """
         return self._threads.submit(self._ask_idle, task)
 
+    def look(self) -> list[ReaderLook[Task]]:
+        """What each process is doing now. Takes up to ``stacks.WRITE_SECONDS`` for each that does not answer."""
+        return [process.look() for process in self._processes]
+
+    def kill(self) -> None:
+        """End the processes and wait for nothing: this process is about to leave."""
+        for process in self._processes:
+            process.terminate()
+
     def close(self) -> None:
         """End the processes at once and wait for them; what is being read is lost."""
         with self._lock:
@@ -112,6 +125,18 @@ class ReaderPool(Generic[Task, Result]):
             (self._processes[number],) = _start(self._read, self._limits, 1)
 
 
+@dataclass(frozen=True)
+class ReaderLook(Generic[Task]):
+    """A reader process at one moment."""
+
+    name: str
+    pid: int
+    task: Task | None  # None: it waits for one
+    sample: int  # number of the sample that is decoded; -1: none, the task is being fetched or sent
+    seconds: float  # since that sample began
+    stacks: str
+
+
 class _EndedBySample(Exception):
     """A sample ended its reader process."""
 
@@ -124,13 +149,14 @@ class _ReaderProcess:
     """One reader process and this side of its pipes."""
 
     def __init__(self, read: Read[Any, Any], limits: DecodeLimits, number: int) -> None:
-        self._limits, self._progress = limits, Progress()
+        self._limits, self._progress, self._stacks = limits, Progress(), StackFile()
+        self._task: Any = None
         context = multiprocessing.get_context("spawn")  # fork is not safe next to the threads of torch and NCCL
         their_tasks, self._tasks = context.Pipe(duplex=False)
         self._results, their_results = context.Pipe(duplex=False)
         self._process = context.Process(
             target=_serve,
-            args=(read, limits, self._progress, their_tasks, their_results),
+            args=(read, limits, self._progress, self._stacks, their_tasks, their_results),
             name=f"reader-{number}",
             daemon=True,
         )
@@ -140,6 +166,13 @@ class _ReaderProcess:
         their_results.close()
 
     def ask(self, task: Any, given_up: Mapping[int, str]) -> Any:
+        self._task = task
+        try:
+            return self._answer(task, given_up)
+        finally:
+            self._task = None
+
+    def _answer(self, task: Any, given_up: Mapping[int, str]) -> Any:
         try:
             self._tasks.send((task, given_up))
             while not self._results.poll(min(LOOK_SECONDS, self._limits.clock_s / 4)):
@@ -162,6 +195,11 @@ class _ReaderProcess:
             raise RuntimeError(f"a reader process failed:\n{trace}")
         return result
 
+    def look(self) -> ReaderLook[Any]:
+        sample, seconds = self._progress.read()
+        pid = self._process.pid or 0
+        return ReaderLook(self._process.name, pid, self._task, sample, seconds, self._stacks.ask(pid))
+
     def _look_at_the_clock(self) -> None:
         sample, seconds = self._progress.read()
         if sample >= 0 and seconds > self._limits.clock_s:
@@ -179,6 +217,7 @@ class _ReaderProcess:
         self._tasks.close()
         self._results.close()
         self._progress.close()
+        self._stacks.close()
 
 
 def _start(read: Read[Any, Any], limits: DecodeLimits, processes: int) -> list[_ReaderProcess]:
@@ -189,7 +228,7 @@ def _start(read: Read[Any, Any], limits: DecodeLimits, processes: int) -> list[_
     instruction on.
     """
     resource_tracker.ensure_running()  # every start makes sure that it runs, and starting it unblocks the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)
     try:
         return [_ReaderProcess(read, limits, number) for number in range(processes)]
     finally:
@@ -197,9 +236,15 @@ def _start(read: Read[Any, Any], limits: DecodeLimits, processes: int) -> list[_
 
 
 def _serve(
-    read: Read[Any, Any], limits: DecodeLimits, progress: Progress, tasks: Connection, results: Connection
+    read: Read[Any, Any],
+    limits: DecodeLimits,
+    progress: Progress,
+    stacks: StackFile,
+    tasks: Connection,
+    results: Connection,
 ) -> None:
     """Life of a reader process: until the other side closes the pipe, also by dying."""
+    stacks.answer_signals()
     torch.set_num_threads(1)  # readers are parallel by process
     watch = DecodeWatch(limits, progress)
     while True:

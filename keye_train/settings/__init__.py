@@ -52,6 +52,7 @@ from keye_train.settings.model import (
     TextTowerSettings,
     VisionTowerSettings,
 )
+from keye_train.settings.replay import ReplaySettings
 from keye_train.settings.soups import (
     CurveSettings,
     DiagnosisSettings,
@@ -114,6 +115,7 @@ __all__ = [
     "PipelineSoupSettings",
     "PipelineStageSettings",
     "Precision",
+    "ReplaySettings",
     "ResolutionSettings",
     "ScheduleSettings",
     "ScheduleShape",

@@ -115,6 +115,10 @@ class DeepSpeedSettings:
     precision: Precision = Precision.bf16
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    nvme_path: str | None = None
+    """ZeRO-3 with offload_parameters: a folder on a local NVMe disk of each node, where the 16-bit parameters lie
+    instead of in host memory. Masters and moments stay in host memory (offload_optimizer) or on the GPU, where
+    checkpoints read them. Needs libaio and its headers."""
     overlap_comm: bool = True
     bucket_elements: int = 500_000_000
     """Size of the reduce and all-gather buckets."""
@@ -155,6 +159,11 @@ class TrainSettings:
             )
         if self.deepspeed.offload_parameters and self.deepspeed.zero_stage != 3:
             raise SettingsError("deepspeed.offload_parameters=true needs deepspeed.zero_stage=3")
+        if self.deepspeed.nvme_path is not None and not self.deepspeed.offload_parameters:
+            raise SettingsError(
+                f"deepspeed.nvme_path={self.deepspeed.nvme_path} has no effect without "
+                "deepspeed.offload_parameters=true: it is where the parameters go"
+            )
         if self.deepspeed.offload_optimizer and self.deepspeed.zero_stage == 0:
             raise SettingsError("deepspeed.offload_optimizer=true needs deepspeed.zero_stage=1, 2 or 3")
         if self.stage.compile_layers and self.stage.activation_checkpointing != ActivationCheckpointing.none:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class TrainState:
     refused_in_a_row: int = 0  # updates refused for a non-finite gradient, up to now
     refused_total: int = 0
     wall_s: float = 0.0  # time spent training, over all launches
+    spikes: dict[str, Any] = field(default_factory=dict)  # losses so far (keye_train.training.spikes)
 
 
 @dataclass(frozen=True)
@@ -86,4 +87,12 @@ def newest_whole(run_dir: Path, world: World, foreign: Foreign | None = None) ->
                 "torn" if torn else f"of another run ({why})",
                 kept.name,
             )
+    return None
+
+
+def newest_whole_until(run_dir: Path, step: int) -> Checkpoint | None:
+    """The newest whole checkpoint of at most ``step`` steps, for one process that only reads."""
+    for found, path in folder.newest_first(run_dir / runs.CHECKPOINTS):
+        if found <= step and folder.fault(path) is None:
+            return Checkpoint(path, TrainState(**runs.read_json(path / STATE)))
     return None

@@ -48,6 +48,7 @@ class Counts:
     changed: int  # samples that data.overlong made fit, of those that were read
     digest: int  # of the samples that were read
     stop: int  # signal that asked some rank to stop; 0: none
+    extra: list[int]  # sums of what the caller added
     items_by_source: list[int]
     items_by_task: list[int]
     tasks: Sequence[str]  # names behind the task numbers
@@ -70,8 +71,17 @@ class BatchCounter:
         self._number = {name: number for number, name in enumerate(sources)}
         self._tasks = TaskNames()
 
-    def count(self, data: StepData, world: World, stop: StopRequest, skip_limit: SkipLimit) -> Counts:
+    def count(
+        self, data: StepData, world: World, stop: StopRequest, skip_limit: SkipLimit, extra: Sequence[int] = ()
+    ) -> Counts:
         """Sizes of the global batch. Collective: every rank must reach this.
+
+        Args:
+            data: what this rank has read.
+            world: the ranks.
+            stop: whether this rank is to stop.
+            skip_limit: is told what was skipped.
+            extra: further numbers to sum, as many on every rank; they travel in the same collective.
 
         Raises:
             ValueError: more samples were skipped than ``skip_limit`` allows.
@@ -93,9 +103,11 @@ class BatchCounter:
                 *(*own, len(data.dropped), unreadable(data), weight, len(unknown), *sizes),
                 *self._by_task(data, items),
                 *flags,
+                *extra,
             ]
         )
-        sums, stops = summed[: -len(flags)], summed[-len(flags) :]
+        end = len(summed) - len(extra)
+        sums, stops = summed[: end - len(flags)], summed[end - len(flags) : end]
         sources, reads, brokens = (sums[len(names) * part : len(names) * (part + 1)] for part in range(3))
         tokens, patches, digest, changed, dropped, marked, weight, new_tasks, *rest = sums[3 * len(names) :]
         by_task = rest[len(sizes) :]
@@ -119,6 +131,7 @@ class BatchCounter:
             changed=changed,
             digest=digest,
             stop=StopRequest.from_flags(stops),
+            extra=summed[end:],
             items_by_source=sources,
             items_by_task=by_task,
             tasks=tuple(self._tasks.names),

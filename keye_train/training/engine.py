@@ -19,6 +19,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -26,7 +27,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from keye_train.checkpoints import AVERAGE, MOMENTS, WEIGHTS, CheckpointReader
-from keye_train.settings import Precision, StageSettings, TrainSettings
+from keye_train.settings import Precision, SettingsError, StageSettings, TrainSettings
 from keye_train.training.distributed import World
 from keye_train.training.optimizer import build_optimizer, set_learning_rates
 
@@ -76,8 +77,11 @@ def deepspeed_config(settings: TrainSettings) -> dict[str, Any]:
         zero["stage3_param_persistence_threshold"] = ds.param_persistence_threshold
     if ds.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if ds.offload_parameters:
+    if ds.offload_parameters and ds.nvme_path is None:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    elif ds.offload_parameters:
+        _check_nvme(ds.nvme_path)
+        zero["offload_param"] = {"device": "nvme", "nvme_path": ds.nvme_path, "pin_memory": torch.cuda.is_available()}
     config: dict[str, Any] = {
         # Bookkeeping only: packs are of one row, and accumulation is steered by set_gradient_accumulation_boundary.
         "train_micro_batch_size_per_gpu": 1,
@@ -92,6 +96,16 @@ def deepspeed_config(settings: TrainSettings) -> dict[str, Any]:
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}  # bf16 sums of many micro-batches lose the small gradients
     return config
+
+
+def _check_nvme(folder: str | None) -> None:
+    """DeepSpeed would say so in the middle of its start, and not which setting asked for it."""
+    if not AsyncIOBuilder().is_compatible():
+        raise SettingsError(
+            f"deepspeed.nvme_path={folder}: DeepSpeed's async_io extension cannot be built on this machine; install "
+            "libaio with its headers (apt: libaio-dev, conda: libaio), or leave the parameters in host memory with "
+            "deepspeed.nvme_path=null"
+        )
 
 
 class Engine:

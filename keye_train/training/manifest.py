@@ -30,6 +30,7 @@ FREE_TO_CHANGE = (
     "evaluation.",
     "deepspeed.zero_stage",
     "deepspeed.offload_",
+    "deepspeed.nvme_path",
     "deepspeed.overlap_comm",
     "deepspeed.bucket_elements",
     "deepspeed.param_persistence_threshold",

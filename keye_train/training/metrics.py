@@ -86,16 +86,14 @@ class StepMetrics:
     ) -> Row:
         """What metrics.jsonl says about a step. Collective: every rank must reach this, once for each logged step."""
         totals = self._meter.totals()
-        by_token = sum(totals[f"{SOURCE}{name}"] for name in self._sources)
         packs = self._stage.global_batch_packs
         row: Row = {
             "step": data.step + 1,
-            "loss": _finite(totals.get(WEIGHTED_LOSS, by_token) / (counts.weight or 1)),
-            "loss_by_source": _means(totals, SOURCE, zip(self._sources, counts.items_by_source, strict=True)),
+            **self._losses(totals, counts),
             "loss_by_task": _means(totals, TASK, zip(counts.tasks, counts.items_by_task, strict=True)),
             "lr": rates,
-            "grad_norm": _finite(outcome.grad_norm),
-            "grad_norms": {name: _finite(totals[f"{GRAD_SQUARE}{name}"] ** 0.5) for name in self._stage.trainable},
+            "grad_norm": finite(outcome.grad_norm),
+            "grad_norms": {name: finite(totals[f"{GRAD_SQUARE}{name}"] ** 0.5) for name in self._stage.trainable},
             "applied": outcome.applied,
             "tokens": counts.tokens,
             "labelled_tokens": counts.items,
@@ -111,7 +109,7 @@ class StepMetrics:
         }
         row |= self._use(counts, data_wait_s, step_s)
         if self._weighted:  # comparable between weightings
-            row["token_loss"] = _finite(by_token / max(counts.items, 1))
+            row["token_loss"] = finite(self._by_token(totals) / max(counts.items, 1))
         if self._stage.objective == Objective.contrastive:
             row["pairs"] = row.pop("labelled_tokens")
             row["retrieval_accuracy"] = totals["retrieved"] / max(counts.items, 1)
@@ -119,6 +117,20 @@ class StepMetrics:
                 row["caption_loss"] = totals["caption_loss"] / max(counts.items, 1)
             row["logit_scale"] = math.exp(float(engine.full_parameter("logit_scale")))
         return row
+
+    def losses(self, counts: Counts) -> Row:
+        """Only the losses of a row: ``loss`` and ``loss_by_source``. Collective, instead of :meth:`row`."""
+        return self._losses(self._meter.totals(), counts)
+
+    def _losses(self, totals: dict[str, float], counts: Counts) -> Row:
+        by_source = zip(self._sources, counts.items_by_source, strict=True)
+        return {
+            "loss": finite(totals.get(WEIGHTED_LOSS, self._by_token(totals)) / (counts.weight or 1)),
+            "loss_by_source": _means(totals, SOURCE, by_source),
+        }
+
+    def _by_token(self, totals: dict[str, float]) -> float:
+        return sum(totals[f"{SOURCE}{name}"] for name in self._sources)
 
     def flops(self, counts: Counts) -> float:
         """Operations of forward and backward of a global batch, both towers counted; see ``model.flops``."""
@@ -142,9 +154,9 @@ class StepMetrics:
 
 def _means(totals: dict[str, float], prefix: str, counted: Iterable[tuple[str, int]]) -> dict[str, float | None]:
     """Mean loss of each group that has items."""
-    return {name: _finite(totals[f"{prefix}{name}"] / items) for name, items in counted if items}
+    return {name: finite(totals[f"{prefix}{name}"] / items) for name, items in counted if items}
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """JSON has no NaN."""
     return value if math.isfinite(value) else None

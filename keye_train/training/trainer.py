@@ -6,9 +6,12 @@ micro-batch -> apply or refuse -> log. Nothing waits for the device between the 
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from keye_train import runs
+from keye_train.data.collate import LoadedPack
 from keye_train.data.cost import training_cost
 from keye_train.data.ledger import Ledger, SkipLimit
 from keye_train.data.loader import Loader, StepData
@@ -33,11 +38,23 @@ from keye_train.training.distributed import World
 from keye_train.training.engine import Engine, Outcome
 from keye_train.training.guards import NonFiniteGuard, StopRequest, exit_code
 from keye_train.training.heldout import HeldoutLoss
-from keye_train.training.metrics import StepMetrics
+from keye_train.training.metrics import StepMetrics, finite
 from keye_train.training.monitor import Monitor
 from keye_train.training.occupancy import RunLock
 from keye_train.training.optimizer import parameter_groups
+from keye_train.training.recorder import FlightRecorder, describe_packs
 from keye_train.training.saver import Saver
+from keye_train.training.spikes import (
+    RollBack,
+    Spike,
+    SpikeGuard,
+    Verdict,
+    left_out_reasons,
+    read_spikes,
+    record_spike,
+)
+from keye_train.training.timing import StepClock, describe_straggler, own_times, slowest_ranks
+from keye_train.training.watchdog import DATA, SAVE, STEP, Watchdog, begin_launch
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +72,7 @@ def train(settings: TrainSettings) -> int:
         Exit code: 0 when the run is finished (also when it was before), 130, 143 or 138 when a signal stopped it.
 
     Raises:
+        SpikeError: more loss spikes than the recipe allows.
         SettingsError: the recipe cannot work, or ``run_dir`` belongs to another recipe.
         ValueError: data, parent or checkpoint do not fit the recipe.
         NonFiniteError: loss or gradient stayed non-finite.
@@ -69,15 +87,66 @@ def train(settings: TrainSettings) -> int:
     world = distributed.start(settings.deepspeed.timeout_minutes)
     lock = RunLock(run_dir, world)
     try:
-        return Trainer(settings, world, stop_request).run()
+        begin_launch(run_dir, world)
+        while isinstance(ended := _run_until_spike(settings, world, stop_request), Spike):
+            record_spike(run_dir, ended, settings.guards.spike, world)
+            gc.collect()  # model and optimizer of the run that ended hold each other
+        return ended
     finally:
         lock.release()
+
+
+def _run_until_spike(settings: TrainSettings, world: World, stop_request: StopRequest) -> int | Spike:
+    """Run to the exit code, or to a spike after which the run goes on from its newest checkpoint.
+
+    Nothing of the run is referenced when this returns: its memory is free for the next.
+    """
+    try:
+        return Trainer(settings, world, stop_request).run()
+    except RollBack as wish:
+        return wish.spike
+
+
+@dataclass(frozen=True)
+class Attendants:
+    """What accompanies the steps of a run."""
+
+    loader: Loader
+    ledger: Ledger
+    monitor: Monitor
+    recorder: FlightRecorder
+    watchdog: Watchdog
+
+    def close(self) -> None:
+        """Close all but the watchdog, which also watches over the export."""
+        self.loader.close()
+        self.ledger.close()
+        self.monitor.close()
+        self.recorder.close()
+
+
+OnLosses = Callable[[LoadedPack, Tensor], None]
+"""Is shown the losses [K] of each micro-batch."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a replay begins; ``checkpoint`` None: where the run began."""
+
+    checkpoint: Checkpoint | None
 
 
 class Trainer:
     """One run on one rank."""
 
-    def __init__(self, settings: TrainSettings, world: World, stop_request: StopRequest) -> None:
+    def __init__(
+        self,
+        settings: TrainSettings,
+        world: World,
+        stop_request: StopRequest,
+        start: Start | None = None,
+    ) -> None:
+        """``start``: where a replay begins, which writes nothing; None: a run, from its newest whole checkpoint."""
         self.settings, self.stage, self.world = settings, settings.stage, world
         self.run_dir = Path(settings.run_dir)
         self._stop_request = stop_request
@@ -87,18 +156,28 @@ class Trainer:
         self.processor = SampleEncoder.from_settings(
             settings.model, settings.data.resolution, settings.data.video_backend, settings.data.scaled_jpeg
         )
-        found = checkpoint.newest_whole(self.run_dir, world, partial(manifest.foreign, settings))
+        if start is None:
+            found = checkpoint.newest_whole(self.run_dir, world, partial(manifest.foreign, settings))
+        else:
+            found = start.checkpoint
         self.state = found.state if found else TrainState(0, 0, self.plan.start().to_json())
         self.objective = build.build_objective(settings)
-        self.manifest = self._begin_manifest(build.count_parameters(self.objective.model))
+        self.manifest: dict[str, Any] = {}
+        if start is None:
+            self.manifest = self._begin_manifest(build.count_parameters(self.objective.model))
         self.engine = self._build_engine(found)
-        self.saver = Saver(self.run_dir, self.engine, world, settings.checkpoint, self.manifest)
+        self.saver: Saver | None = None
+        if start is None:
+            self.saver = Saver(self.run_dir, self.engine, world, settings.checkpoint, self.manifest)
         self.skip_limit = SkipLimit(settings.data)
         self.skip_limit.check_marks(self.plan)
         self.guard = NonFiniteGuard(settings.guards.non_finite, self.state.refused_in_a_row, self.state.refused_total)
+        self.spikes = SpikeGuard(settings.guards.spike, world, self.state.spikes)
         self.counter = BatchCounter(self.plan.sources, self.objective, self.stage.loss_weighting)
         self.heldout = HeldoutLoss(settings, world, self.processor, self.objective)
         self.metrics = StepMetrics(settings, world, self.plan.sources, self.objective, self.plan.cost)
+        self.clock = StepClock(world.device)
+        self.on_losses: OnLosses | None = None
 
     def run(self) -> int:
         """Train to the end or to a signal; the exit code."""
@@ -113,15 +192,33 @@ class Trainer:
             self.manifest["recipe"],
         )
         ledger = Ledger(self.run_dir, self.world.rank, self.world.size, self.state.step)
-        loader = Loader(self.plan, self.processor, self.world.rank, self.world.size, self.settings, position)
+        leave_out = left_out_reasons(read_spikes(self.run_dir))
+        loader = Loader(self.plan, self.processor, self.world.rank, self.world.size, self.settings, position, leave_out)
+        guards = self.settings.guards
+        recorder = FlightRecorder(self.run_dir, self.world.rank, guards.recorded_steps)
+        timeout_minutes = self.settings.deepspeed.timeout_minutes
+        watchdog = Watchdog(self.run_dir, guards, timeout_minutes, self.world, loader)
+        with watchdog:
+            try:
+                return self._run(Attendants(loader, ledger, monitor, recorder, watchdog))
+            except RollBack:
+                self.engine.close()
+                raise
+
+    def _run(self, by: Attendants) -> int:
         try:
             with self._stop_request:  # before and behind it a signal ends the process at once: nothing would be lost
-                stopped_by = self._train(loader, ledger, monitor)
+                stopped_by = self._train(by)
+        except RollBack:  # no failure
+            raise
+        except Exception as error:
+            by.recorder.keep(self.state.step + 1, error)
+            raise
         finally:
-            self.saver.close(SAVE_PATIENCE_S)
-            loader.close()
-            ledger.close()
-            monitor.close()
+            if self.saver is not None:
+                self.saver.close(SAVE_PATIENCE_S)
+            by.close()
+        by.watchdog.enter(SAVE, self.state.step)
         if stopped_by:
             logger.info("stopped after step %d; the same command goes on from there", self.state.step)
             return exit_code(stopped_by)
@@ -134,11 +231,15 @@ class Trainer:
         self.engine.close()
         return 0
 
-    def _train(self, loader: Loader, ledger: Ledger, monitor: Monitor) -> int:
+    def _train(self, by: Attendants) -> int:
         """All remaining steps; the signal that stopped them, or 0."""
         while self.state.step < self.stage.steps:
             began = time.monotonic()
-            data = next(loader, None)
+            by.watchdog.enter(DATA, self.state.step + 1)
+            self.clock.enter("data_wait")
+            data = next(by.loader, None)
+            self.clock.enter(None)
+            by.watchdog.enter(STEP, self.state.step + 1)
             if data is None:  # on every rank at the same step: all have the same plan
                 logger.warning(
                     "the data ended after %d of stage.steps=%d: every source has had its max_epochs; set stage.steps "
@@ -146,62 +247,128 @@ class Trainer:
                     self.state.step,
                     self.stage.steps,
                 )
-                self._save_last()
+                self._save(by, wait=True)
                 return 0
             data_wait_s = time.monotonic() - began
-            ledger.record(data)
-            counts = self.counter.count(data, self.world, self._stop_request, self.skip_limit)
-            rates, outcome = self._step(data, counts)
-            ledger.finish(data.step, counts.samples, counts.digest, outcome.applied, counts.changed)
-            self.state = TrainState(
-                step=data.step + 1,
-                updates=self.engine.updates,
-                data=data.plan_state_after.to_json(),
-                refused_in_a_row=self.guard.in_a_row,
-                refused_total=self.guard.total,
-                wall_s=self.state.wall_s + time.monotonic() - began,
-            )
+            by.ledger.record(data)
+            if data.passed_over:  # on every rank
+                self._pass_over(data, by)
+                continue
+            counts = self.count(data)
+            rates, outcome = self.step(data, counts)
+            by.ledger.finish(data.step, counts.samples, counts.digest, outcome.applied, counts.changed)
+            self.advance(data, time.monotonic() - began)
             row = None
             last = self.state.step == self.stage.steps
             measured = self.heldout.is_due(self.state.step)
             if measured or last or self.state.step % self.settings.logging.every_steps == 0:
                 step_s = time.monotonic() - began
                 row = self.metrics.row(data, counts, rates, outcome, self.engine, data_wait_s, step_s)
-                row |= self.heldout.measure(self.engine) if measured else {}
-                monitor.write(row)
-            monitor.advance(self.state.step, row)
-            if counts.stop or last:
-                self._save_last()
-            elif self.state.step % self.settings.checkpoint.every_steps == 0:
-                self.saver.save(self.state)
+                if measured:
+                    by.watchdog.enter(SAVE, self.state.step)
+                    row |= self.heldout.measure(self.engine)
+                row |= {"slowest_ranks": slowest_ranks(counts.extra)} if counts.extra else {}
+                by.monitor.write(row)
+            self._note(data, counts, outcome, row, by)
+            by.monitor.advance(self.state.step, row)
+            if counts.stop or last or self.state.step % self.settings.checkpoint.every_steps == 0:
+                self._save(by, wait=counts.stop > 0 or last)
             if counts.stop and not last:
                 return counts.stop
         return 0
 
-    def _step(self, data: StepData, counts: Counts) -> tuple[dict[str, float], Outcome]:
-        """Forward and backward of every micro-batch, then the update."""
+    def _note(
+        self, data: StepData, counts: Counts, outcome: Outcome, row: dict[str, Any] | None, by: Attendants
+    ) -> None:
+        """Write the step into the flight recorder, and now and then the slowest rank into the log."""
+        by.recorder.write(
+            {
+                "step": self.state.step,
+                "time": time.time(),
+                "world_size": self.world.size,
+                "seed": step_seed(self.settings.seed, data.step, self.world.rank),
+                "loss": finite(self.spikes.loss),
+                "loss_limit": finite(self.spikes.limit),
+                "applied": outcome.applied,
+                "grad_norm": finite(outcome.grad_norm),
+                "grad_norms": None if row is None else row["grad_norms"],
+                "seconds": self.clock.end_step(),
+                "packs": describe_packs(data.packs),
+            }
+        )
+        if counts.extra and self.world.is_main and self.world.size > 1:
+            logger.info("step %d: %s", self.state.step, describe_straggler(slowest_ranks(counts.extra)))
+
+    def _save(self, by: Attendants, wait: bool) -> None:
+        """Save the state; ``wait``: until it is whole. Collective: every rank must reach this."""
+        by.watchdog.enter(SAVE, self.state.step)
+        self.clock.enter("checkpoint")
+        assert self.saver is not None
+        self.saver.save(self.state)
+        if wait:
+            self.saver.wait()
+            if self.saver.saved_step != self.state.step:  # the disk was full a moment ago: worth another try
+                self.saver.save(self.state)
+                self.saver.wait()
+        self.clock.enter(None)
+
+    def _pass_over(self, data: StepData, by: Attendants) -> None:
+        """A step whose batch is left out: only the position moves on."""
+        if self.world.is_main:
+            logger.warning("step %d: its batch is left out (%s)", data.step + 1, runs.LEFT_OUT)
+        by.ledger.finish(data.step, 0, 0, False)
+        self.advance(data)
+        by.monitor.advance(self.state.step, None)
+        last = self.state.step == self.stage.steps
+        if last or self.state.step % self.settings.checkpoint.every_steps == 0:
+            self._save(by, wait=last)
+
+    def advance(self, data: StepData, wall_s: float = 0.0) -> None:
+        """The step of ``data`` is done."""
+        self.state = TrainState(
+            step=data.step + 1,
+            updates=self.engine.updates,
+            data=data.plan_state_after.to_json(),
+            refused_in_a_row=self.guard.in_a_row,
+            refused_total=self.guard.total,
+            wall_s=self.state.wall_s + wall_s,
+            spikes=self.spikes.to_json(),
+        )
+
+    def count(self, data: StepData) -> Counts:
+        """Sizes of the global batch, now and then with the times of all ranks. Collective: every rank must reach it."""
+        every = self.settings.guards.straggler_every_steps
+        due = every > 0 and (data.step + 1) % every == 0
+        times = own_times(self.clock.take_means(), self.world) if due else []
+        return self.counter.count(data, self.world, self._stop_request, self.skip_limit, times)
+
+    def step(self, data: StepData, counts: Counts) -> tuple[dict[str, float], Outcome]:
+        """Forward and backward of every micro-batch, then the update. Collective: every rank must reach this."""
         seed_step(self.settings.seed, data.step, self.world.rank)
         rates = self.engine.set_learning_rates(data.step, self.stage)
         self.metrics.begin(counts)
+        self.spikes.begin()
         # The engine averages over ranks; we want the sum over ranks divided by the weight of all items.
         weight = self.world.size / (counts.weight or 1)
         for number, (pack, on_host) in enumerate(zip(data.packs, counts.packs, strict=True)):
+            self.clock.enter("forward")
             items = on_host.to(self.world.device)
             losses, figures = self.engine.forward(pack.inputs.to(self.world.device))
             self.metrics.add(losses, items, figures)
-            self.engine.accumulate(weighted_sum(losses, weight, items.weights), last=number == len(data.packs) - 1)
+            if self.on_losses is not None:
+                self.on_losses(pack, losses)
+            last = number == len(data.packs) - 1
+            loss = self.spikes.gate(weighted_sum(losses, weight, items.weights), last)
+            self.clock.enter("backward")
+            self.engine.accumulate(loss, last)
+        self.clock.enter("optimizer")
         self.metrics.add_gradient_squares(self.engine.module_gradient_squares())
         outcome = self.engine.apply()
-        self.guard.observe(outcome.applied, data.step + 1, _samples(data))
+        self.clock.enter(None)
+        verdict = self.spikes.observe(data.step + 1, outcome.applied)
+        if verdict != Verdict.spike:
+            self.guard.observe(outcome.applied, data.step + 1, _samples(data))
         return rates, outcome
-
-    def _save_last(self) -> None:
-        """Save, and wait until it is whole. Collective: every rank must reach this."""
-        self.saver.save(self.state)
-        self.saver.wait()
-        if self.saver.saved_step != self.state.step:  # the disk was full a moment ago: the state is worth another try
-            self.saver.save(self.state)
-            self.saver.wait()
 
     def _build_engine(self, found: Checkpoint | None) -> Engine:
         """The engine, at the start of the run or where the checkpoint stands."""
@@ -241,16 +408,22 @@ class Trainer:
             "steps": self.state.step,
             "updates": self.state.updates,
             "updates_refused": self.state.refused_total,
+            "loss_spikes": self.spikes.total,
             "wall_s": round(self.state.wall_s, 3),
         }
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed every generator from (seed, step, rank).
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of every generator in a step (from 0) on a rank.
 
     The random numbers of a step then depend on nothing that happened before it: resuming needs no generator states.
     """
-    mixed = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed every generator with :func:`step_seed`."""
+    mixed = step_seed(seed, step, rank)
     torch.manual_seed(mixed)
     np.random.seed(mixed)
     random.seed(mixed)

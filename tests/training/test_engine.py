@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from safetensors.torch import load_file
 from torch import Tensor
-from toy import CASES, CROSSINGS, Toy
+from toy import CASES, CROSSINGS, Toy, settings
+
+from keye_train.settings import SettingsError
+from keye_train.training.engine import deepspeed_config
 
 TOY = str(Path(__file__).with_name("toy.py"))
 
@@ -114,3 +118,14 @@ def test_a_gradient_that_is_nan_on_one_rank_changes_nothing(
     assert not applied
     assert unchanged  # weights and moments, bit for bit
     assert recovered
+
+
+def test_parameters_on_nvme_need_an_extension_that_can_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = settings(3, "bf16", True)
+    recipe.deepspeed.nvme_path = "/local_nvme"
+    if not AsyncIOBuilder().is_compatible():
+        with pytest.raises(SettingsError, match=r"deepspeed\.nvme_path=/local_nvme.*libaio-dev"):
+            deepspeed_config(recipe)
+        monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda _: True)
+    offloaded = deepspeed_config(recipe)["zero_optimization"]["offload_param"]
+    assert (offloaded["device"], offloaded["nvme_path"]) == ("nvme", "/local_nvme")
