@@ -109,7 +109,7 @@ def measure_start(folder: Path, position: int, unit: MixtureUnit, cache: str | N
     )
     drawn = tuple(round(position * SHARES[name]) for name in plan.sources)
     spent = drawn if unit == MixtureUnit.samples else tuple(1000 * count for count in drawn)
-    state = PlanState(plan.fingerprint, 0, 0, 0, drawn, (), (0,) * len(drawn), spent, 0)
+    state = PlanState(plan.fingerprint, 0, 0, 0, drawn, (0,) * len(drawn), spent, 0, drawn, spent, 0)
     batches = plan.batches(state)
     next(batches)
     first = time.perf_counter()

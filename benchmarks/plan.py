@@ -10,7 +10,8 @@ model, everything trained. Samples longer than a pack are left out ("too long").
   packs in random order. Where a rank has one micro-batch, data.balance_packs is the number of ranks; else the default.
 - mix: how far the share of a source in a global batch strays from its mean, over how far it strays where the same packs
   come in random order (quadratic means over batches); the source for which this is worst.
-- fill of the token budget; where patches run out first, packs cannot be full of tokens.
+- fill of the token budget, and of the one that is scarcer over all packs: where patches run out first ("video, few
+  patches" has 3 a token of the budget instead of 4), packs cannot be full of tokens.
 - time: processor time of planning, divided by the samples planned. Memory: peak of the process above its resting one.
 
 A window is 65,536 samples, or as many as eight global batches take.
@@ -63,20 +64,22 @@ def corpus(shares: dict[str, float], seed: int = 0) -> Corpus:
     return Corpus(sources, ResolutionSettings())
 
 
-def measure(mix: str, ranks: int, micro_batches: int, tokens: int) -> dict[str, object]:
+def measure(mix: str, ranks: int, micro_batches: int, tokens: int, patches_a_token: int = 4) -> dict[str, object]:
     """Plan some windows in this process."""
     shares, data = MIXES[mix], corpus(MIXES[mix])
     packs = ranks * micro_batches
-    lengths = np.concatenate([source.sizes.tokens for source in data.sources.values()])
-    fit = lengths[lengths <= tokens]
+    budget = Budget(tokens, patches_a_token * tokens)
+    sizes = Sizes.concatenate([source.sizes for source in data.sources.values()])
+    lengths = sizes.tokens
+    fit = lengths[budget.fits(sizes.tokens, sizes.patches)]
     samples = int(packs * tokens / fit.mean())  # of a global batch
     window = max(WINDOW, LEAST_BATCHES * samples)
     cost = language_cost(FlopCoefficients.of(KeyeConfig()).for_training())
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     resting = _resident_mb("VmRSS")
     like = ranks if micro_batches == 1 else None
-    plan = Plan(data, shares, Budget(tokens, 4 * tokens), packs, window, 0, cost, balance_packs=like)
-    seconds, planned, figures = 0.0, 0, _Figures(len(shares), ranks, tokens)
+    plan = Plan(data, shares, budget, packs, window, 0, cost, balance_packs=like)
+    seconds, planned, figures = 0.0, 0, _Figures(len(shares), ranks, budget)
     batches = plan.batches()
     while True:
         began = time.process_time()
@@ -87,7 +90,7 @@ def measure(mix: str, ranks: int, micro_batches: int, tokens: int) -> dict[str, 
         if after.batch == 0 and batch.step + 1 >= min(MEASURED, 2 * LEAST_BATCHES if ranks > 64 else MEASURED):
             break
     return {
-        "mix": mix,
+        "mix": mix if patches_a_token == 4 else f"{mix}, few patches",
         "ranks": ranks,
         "micro-batches": micro_batches,
         "pack tokens": tokens,
@@ -100,10 +103,10 @@ def measure(mix: str, ranks: int, micro_batches: int, tokens: int) -> dict[str, 
 
 
 class _Figures:
-    def __init__(self, sources: int, ranks: int, tokens: int) -> None:
-        self._sources, self._ranks, self._tokens = sources, ranks, tokens
+    def __init__(self, sources: int, ranks: int, budget: Budget) -> None:
+        self._sources, self._ranks, self._budget = sources, ranks, budget
         self._balance: list[float] = []
-        self._fill: list[float] = []
+        self._fill: list[tuple[float, float]] = []  # of each pack: tokens, patches
         self._costs: list[list[float]] = []
         self._counts: list[np.ndarray] = []  # of each batch: [packs, sources] samples
 
@@ -111,7 +114,8 @@ class _Figures:
         for micro_step in assign(batch, self._ranks):
             costs = [pack.cost for pack in micro_step]
             self._balance.append(float(np.mean(costs) / max(costs)))
-        self._fill += [pack.tokens / self._tokens for pack in batch.packs]
+        T, P = self._budget.max_tokens, self._budget.max_patches
+        self._fill += [(pack.tokens / T, pack.patches / P) for pack in batch.packs]
         self._costs.append([pack.cost for pack in batch.packs])
         of_pack = [np.bincount([one.source for one in pack.samples], minlength=self._sources) for pack in batch.packs]
         self._counts.append(np.stack(of_pack))
@@ -129,7 +133,8 @@ class _Figures:
             "balance": round(float(np.mean(self._balance)), 4),
             "random": round(float((plain.mean(axis=1) / plain.max(axis=1)).mean()), 3),
             "mix, x random": round(float(ratio.max()), 2),
-            "fill, %": round(100 * float(np.mean(self._fill)), 3),
+            "fill, %": round(100 * float(np.mean(self._fill, axis=0)[0]), 3),
+            "scarcer budget, %": round(100 * float(np.mean(self._fill, axis=0).max()), 3),
         }
 
 
@@ -147,8 +152,11 @@ def _resident_mb(name: str) -> float:
 def main() -> None:
     """Print and store the table; a process for each row, so that memory is that of one."""
     result = Result("plan", __doc__ or "")
-    cases = [("web", ranks, micro, tokens) for ranks in RANKS for micro in MICRO_BATCHES for tokens in TOKENS]
+    cases: list[tuple[object, ...]] = [
+        ("web", ranks, micro, tokens) for ranks in RANKS for micro in MICRO_BATCHES for tokens in TOKENS
+    ]
     cases += [("video", 64, micro, tokens) for micro in MICRO_BATCHES for tokens in TOKENS]
+    cases.append(("video", 64, 4, 8_192, 3))
     for case in cases:
         command = [sys.executable, "-m", "benchmarks.plan", json.dumps(case)]
         found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -120,7 +120,9 @@ class Draw:
             _Stream(source, order.rows, passed, amounts, number)
             for source, order, passed in zip(self._sources, self.orders, state.passed, strict=True)
         ]
-        sources, mixture = self.mixture.draw(state.mixture, number, [stream.amounts() for stream in streams])
+        endless_ones = all(stream.plain and stream.stop is None for stream in streams)
+        ahead = None if endless_ones else [stream.amounts() for stream in streams]
+        sources, mixture = self.mixture.draw(state.mixture, number, ahead)
         rows = np.empty(len(sources), dtype=np.int64)
         passed, filtered = [], []
         for own, stream in enumerate(streams):
@@ -149,9 +151,14 @@ class _Stream:
         epochs = self.source.max_epochs
         return None if epochs is None else epochs * len(self.source)
 
+    @property
+    def plain(self) -> bool:
+        """Whether samples need not be looked at: each counts 1, and none is filtered."""
+        return self.count is None and self.source.filter is None
+
     def amounts(self) -> Iterator[int]:
         """What the samples that pass the filter count, one after another."""
-        if self.count is None and self.source.filter is None:
+        if self.plain:
             return repeat(1) if self.stop is None else repeat(1, self.stop - self.first)
         return self._look()
 
@@ -176,7 +183,7 @@ class _Stream:
 
     def taken(self, number: int) -> tuple[np.ndarray, int, int]:
         """Rows of the first ``number`` samples, the position behind them, and how many the filter kept out before."""
-        if self.count is None and self.source.filter is None:
+        if self.plain:
             return self.order(self.first + np.arange(number)), self.first + number, 0
         if not number:
             ended = not self._rows or not sum(map(len, self._rows))

@@ -2,8 +2,8 @@
 
 The number of packs comes first: as many as the window fills. Then the large samples are dealt out, each to a pack that
 is among the emptiest, so that every pack holds some of every size, costs about the same, and its tasks are mixed. The
-small ones come last and go where they fit most tightly, so packs end up full. What finds no place waits for the next
-window.
+small ones come last and go where they fit most tightly, and packs swap samples until few gaps are left (see
+``exchange``). What finds no place waits for the next window.
 
 Whole numbers and stable sorts only: every machine packs the same.
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
+from keye_train.data.exchange import close_gaps
 
 MAX_TRIES = 16
 """Packs tried for the room in patches before a sample is left over."""
@@ -65,6 +67,23 @@ class Packing:
         """Samples of one pack, ascending."""
         return self.order[self.starts[pack] : self.starts[pack + 1]]
 
+    @classmethod
+    def none(cls, count: int) -> Packing:
+        """No packs, and so many samples without a place."""
+        return cls(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64), np.arange(count))
+
+    def and_then(self, names: np.ndarray, behind: Packing) -> Packing:
+        """These packs and those of another packing behind them.
+
+        Args:
+            names: [M] int64, numbers here of the samples there: such as have no place here, or are new.
+            behind: packing of M samples.
+        """
+        order = np.concatenate([self.order, names[behind.order]])
+        starts = np.concatenate([self.starts, self.starts[-1] + behind.starts[1:]])
+        left = np.setdiff1d(np.union1d(self.left, names[behind.left]), names[behind.order])
+        return Packing(order, starts, left)
+
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Sum of a quantity of the samples over each pack: [packs]."""
         if not len(self):
@@ -72,7 +91,7 @@ class Packing:
         return np.add.reduceat(values[self.order], self.starts[:-1])
 
 
-def pack_samples(tokens: np.ndarray, patches: np.ndarray, budget: Budget, packs: int, first: int = 0) -> Packing:
+def pack_samples(tokens: np.ndarray, patches: np.ndarray, budget: Budget, packs: int) -> Packing:
     """Fill ``packs`` packs.
 
     Args:
@@ -80,7 +99,6 @@ def pack_samples(tokens: np.ndarray, patches: np.ndarray, budget: Budget, packs:
         patches: [N] int64, vision patches of each sample.
         budget: no sample may exceed it alone.
         packs: see :meth:`Budget.packs`; not more than N, and no pack stays empty.
-        first: the first ``first`` samples choose before all others: they have waited already.
 
     Returns:
         A packing in which every sample stands once, in a pack or in ``left``. The same input gives the same packing on
@@ -89,13 +107,13 @@ def pack_samples(tokens: np.ndarray, patches: np.ndarray, budget: Budget, packs:
     assert bool(budget.fits(tokens, patches).all()), "a sample is over the budget alone"
     assert packs <= len(tokens), "more packs than samples"
     strain = budget.strain(tokens, patches)
-    place = np.arange(len(tokens))
-    order = np.lexsort((place, -tokens, -strain, place >= first))
+    order = np.lexsort((-tokens, -strain))
     dealt = int(np.searchsorted(np.cumsum(strain[order]), (1 - TIGHT_SHARE) * strain.sum(), side="right"))
     dealt = max(dealt, packs)
     table = _Table(tokens, patches, budget, packs)
     table.deal(order[:dealt])
     table.fit_tightly(order[table.pack_of[order] < 0])
+    table.close_gaps()
     starts = np.zeros(packs + 1, dtype=np.int64)
     starts[1:] = np.bincount(table.pack_of[table.pack_of >= 0], minlength=packs).cumsum()
     left = np.flatnonzero(table.pack_of < 0)
@@ -177,6 +195,16 @@ class _Table:
                 tokens.tolist(), patches.tolist()
             )
         self.pack_of[samples] = found
+        placed = samples[self.pack_of[samples] >= 0]
+        np.subtract.at(self.token_room, self.pack_of[placed], self.tokens[placed])
+        np.subtract.at(self.patch_room, self.pack_of[placed], self.patches[placed])
+
+    def close_gaps(self) -> None:
+        """Swap samples between packs so that more find a place, see ``exchange``."""
+        tokens, patches = (self.tokens, self.token_room), (self.patches, self.patch_room)
+        by_tokens = int(self.tokens.sum()) * self.budget.max_patches >= int(self.patches.sum()) * self.budget.max_tokens
+        (need, need_room), (other, other_room) = (tokens, patches) if by_tokens else (patches, tokens)
+        close_gaps(need, other, need_room, other_room, self.pack_of)
 
 
 def _fit_tokens(needs: list[int], token_room: list[int]) -> list[int]:

@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 AT_THE_END = "the data ended before a global batch was full"
 """Reason of the samples that are left when every source has had its last epoch."""
 
+PLAN_VERSION = 2
+"""Goes up whenever the same recipe and data give other global batches: no run goes on across it."""
+
 ENOUGH_BATCHES = 8
 """Global batches in a window below which the plan warns: too few packs to find like ones among."""
 
@@ -99,6 +102,7 @@ class Plan:
         self._draw = Draw(self._sources, self.mixture, rules, seed, self._planner.amounts)
         self._warned = False
         described = [
+            PLAN_VERSION,
             corpus.fingerprint(),
             {name: str(weights.get(name, 0.0)) for name in self.mixture.sources},
             repr(rules),
@@ -158,7 +162,7 @@ class Plan:
     def start(self) -> PlanState:
         """State before the first step."""
         none = (0,) * len(self.sources)
-        return PlanState(self.fingerprint, 0, 0, 0, none, (), none, none, 0)
+        return PlanState(self.fingerprint, 0, 0, 0, none, none, none, 0, none, none, 0)
 
     def check_world_size(self, world_size: int) -> None:
         """Say where groups of like packs are smaller than a micro-step, so that its ranks wait for each other."""
@@ -201,6 +205,10 @@ class Plan:
                 "raise max_epochs in data.sources"
             )
 
+    def waiting(self, state: PlanState) -> tuple[tuple[int, int], ...]:
+        """(source, row) of the samples drawn before the window of ``state`` that it packs, too. For tools and tests."""
+        return () if state.ended else self._planner.left(self._draw, state.draw_before).names
+
     def _batches(self, state: PlanState | None) -> Iterator[tuple[GlobalBatch, PlanState] | _End]:
         state = state or self.start()
         if state.plan != self.fingerprint:
@@ -213,14 +221,10 @@ class Plan:
             )
         dropped: tuple[Dropped, ...] = ()
         none = (0,) * len(self.sources)
-        while True:
+        while not state.ended:
             window = self._planner.plan(
-                self._draw, state.draw, state.carried, seed_of(self.seed, "window", state.window)
+                self._draw, state.draw, state.draw_before, seed_of(self.seed, "window", state.window)
             )
-            if not len(window.batches):
-                left = tuple(Dropped(source, row, AT_THE_END) for source, row in window.carried)
-                yield _End(dropped + window.dropped + left, window.filtered)
-                return
             self._check_window(window)
             # After a batch of this window its dropped samples have been reported.
             dropped += window.dropped if state.batch == 0 else ()
@@ -233,6 +237,8 @@ class Plan:
                 behind = replace(behind, step=state.step)
                 dropped, filtered = (), none
                 yield batch, behind if state.batch == len(window.batches) else state
+            if window.ended:
+                yield _End(dropped + tuple(Dropped(source, row, AT_THE_END) for source, row in window.left), filtered)
             state = behind
 
     def _behind(self, state: PlanState, window: Window) -> PlanState:
@@ -242,10 +248,13 @@ class Plan:
             window=state.window + 1,
             batch=0,
             drawn=window.draw.passed,
-            carried=window.carried,
             filtered=_sum(state.filtered, window.filtered),
             spent=window.draw.mixture.spent,
             origin=window.draw.mixture.origin,
+            before_drawn=state.drawn,
+            before_spent=state.spent,
+            before_origin=state.origin,
+            ended=window.ended,
         )
 
     def _check_window(self, window: Window) -> None:

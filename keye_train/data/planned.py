@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,17 +62,24 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class PlanState:
-    """Position in a plan: what a checkpoint keeps of the data. It does not grow with the corpus or with time."""
+    """Position in a plan: what a checkpoint keeps of the data, 5 numbers a source and 6 more.
+
+    The samples that the window before left over are not named: they follow from the draws of its main part, see
+    ``window``.
+    """
 
     plan: str  # fingerprint of the plan
     step: int  # global batches given out
     window: int  # windows finished
     batch: int  # global batches given out of the current window
-    drawn: tuple[int, ...]  # places of each source's order passed before the current window, those below included
-    carried: tuple[tuple[int, int], ...]  # (source, row) drawn earlier that the current window packs, too
+    drawn: tuple[int, ...]  # places of each source's order passed before the current window
     filtered: tuple[int, ...]  # of the places passed: kept out by the filter of the source
     spent: tuple[int, ...]  # of each source in the unit of the mixture, since ``origin``
     origin: int  # drawn in all when a source last left the mixture
+    before_drawn: tuple[int, ...]  # the same three numbers where the window before began
+    before_spent: tuple[int, ...]
+    before_origin: int
+    ended: bool = False  # every source has had its last epoch, and all batches are given out
 
     def to_json(self) -> dict[str, Any]:
         """Plain value for a checkpoint."""
@@ -80,15 +87,32 @@ class PlanState:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> PlanState:
-        """Inverse of ``to_json``, also after a round trip through a JSON file."""
-        carried = tuple((int(source), int(row)) for source, row in value["carried"])
-        numbers = {name: tuple(value[name]) for name in ("drawn", "filtered", "spent")}
-        return cls(**{**value, **numbers, "carried": carried})
+        """Inverse of ``to_json``, also after a round trip through a JSON file.
+
+        Raises:
+            ValueError: the value is of another version of this program.
+        """
+        names = {field.name for field in fields(cls)}
+        if set(value) != names:
+            raise ValueError(
+                "the checkpoint's data position was written by another version of this program, which plans otherwise "
+                f"(it has {sorted(value)}, this one needs {sorted(names)}): go on with that version, or start a new "
+                "run in another run_dir"
+            )
+        numbers: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in value.items()}
+        return cls(**numbers)
 
     @property
     def draw(self) -> DrawState:
         """Position of the draw."""
         return DrawState(self.drawn, MixtureState(self.spent, self.origin))
+
+    @property
+    def draw_before(self) -> DrawState | None:
+        """Position of the draw where the window before began; None in the first window."""
+        if not self.window:
+            return None
+        return DrawState(self.before_drawn, MixtureState(self.before_spent, self.before_origin))
 
 
 def assign(batch: GlobalBatch, world_size: int) -> list[list[Pack]]:

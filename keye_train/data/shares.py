@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import isqrt, lcm
 
+import numpy as np
+
 NEVER = 1 << 256
 """Later than any amount."""
 
@@ -134,8 +136,8 @@ class ShareCurve:
         self._starts = list(starts)
         self._pieces = list(pieces)
         self._bases = [piece[0] for piece in pieces]
-        # A share that stays, the usual case, in one division.
-        self._rate = self._pieces[0][1] if len(self._pieces) == 1 and not self._pieces[0][2] else 0
+        # scale * share where it stays, the usual case: then T is found in one division; else 0.
+        self.rate = self._pieces[0][1] if len(self._pieces) == 1 and not self._pieces[0][2] else 0
 
     def at(self, total: int) -> int:
         """scale * S at the amount ``total`` drawn, not before the first start."""
@@ -146,8 +148,8 @@ class ShareCurve:
 
     def reach(self, amount: int) -> int:
         """Smallest T with scale * S(T) >= amount; NEVER where there is none."""
-        if self._rate:
-            return self._starts[0] + max(-(-(amount - self._bases[0]) // self._rate), 0)
+        if self.rate:
+            return self._starts[0] + max(-(-(amount - self._bases[0]) // self.rate), 0)
         piece = max(bisect_left(self._bases, amount) - 1, 0)
         a, b, c = self._pieces[piece]
         rest, start = amount - a, self._starts[piece]
@@ -161,3 +163,13 @@ class ShareCurve:
         while x > 0 and (b + c * (x - 1)) * (x - 1) >= rest:
             x -= 1
         return start + x
+
+    def reach_many(self, amount: int, more: np.ndarray) -> np.ndarray:
+        """``reach`` of ``amount + more``, where the share stays (``rate`` is not 0).
+
+        Args:
+            amount: any size.
+            more: [N] int64, 0 or more.
+        """
+        whole, rest = divmod(amount - self._bases[0], self.rate)
+        return self._starts[0] + np.maximum(whole - (-(rest + more) // self.rate), 0)

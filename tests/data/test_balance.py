@@ -110,7 +110,7 @@ def test_windows_end_with_whole_batches(
         if after.batch == 0 and after is not found[-1][1]:
             assert after.drawn[0] - drawn >= min(window, (epochs or 2**40) * rows - drawn)
             drawn = after.drawn[0]
-            assert seen.total() + len(after.carried) == drawn
+            assert seen.total() + len(plan.waiting(after)) == drawn
     if epochs is not None and found:
         assert seen == dict.fromkeys(range(rows), epochs)
 
@@ -126,16 +126,15 @@ def _until_the_end(batches: Iterator[tuple[GlobalBatch, PlanState]]) -> list[tup
 
 
 def test_a_window_leaves_little_over() -> None:
-    """The state of a checkpoint names what is carried: what the gaps left, not what a global batch lacked."""
+    """What waits was left by the gaps of the main part; draws that a global batch lacks are made, not waited for."""
     source = numbers(5000, 60, {}, None)
     cost = PackCost(1.0, 1.0, 0.0, 0.0)
     plan = Plan(Corpus({"a": source}, ResolutionSettings()), {"a": 1.0}, Budget(256, 256), 64, 3000, 0, cost)
     tokens = source.sizes.tokens
-    carried = [
-        sum(int(tokens[row]) for _, row in after.carried) for _, after in islice(plan.batches(), 60) if after.batch == 0
-    ]
-    assert len(carried) > 5
-    assert max(carried) < 4 * 256  # not a global batch of 64 packs
+    states = [after for _, after in islice(plan.batches(), 60) if after.batch == 0]
+    waiting = [sum(int(tokens[row]) for _, row in plan.waiting(after)) for after in states]
+    assert len(waiting) > 5
+    assert max(waiting) < 4 * 256  # not a global batch of 64 packs
 
 
 def test_more_ranks_than_like_packs_are_told_what_to_set(caplog: pytest.LogCaptureFixture) -> None:

@@ -161,7 +161,7 @@ def test_each_planned_sample_is_trained_on_or_in_the_ledger(
     read = {key for step in trained(steps) for _, key in step}
     assert read | set(reasons) == {sample_key(number) for number in range(20)}
     in_packs = sum(len(step) for step in trained(steps))
-    assert in_packs + len(rows) + len(state.carried) == sum(state.drawn)
+    assert in_packs + len(rows) + len(Plan.from_settings(settings, TOY_COST).waiting(state)) == sum(state.drawn)
 
 
 def test_a_pack_without_a_good_sample_still_goes_to_the_model(

@@ -220,3 +220,14 @@ def test_shuffled_is_a_permutation_that_follows_the_seed() -> None:
     assert sorted(shuffled(100, 3).tolist()) == list(range(100))
     assert shuffled(100, 3).tolist() == shuffled(100, 3).tolist()
     assert shuffled(100, 3).tolist() != shuffled(100, 4).tolist()
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(1, 300), st.integers(0, 10**13))
+@settings(max_examples=100, deadline=None)
+def test_many_draws_at_once_are_those_of_one_after_another(weights: list[int], number: int, far: int) -> None:
+    mixture = Mixture({f"s{place}": weight / 100 for place, weight in enumerate(weights)})
+    state = MixtureState(tuple(far * weight for weight in weights))
+    at_once = mixture.draw(state, number)
+    one_by_one = mixture.draw(state, number, [repeat(1)] * len(weights))
+    np.testing.assert_array_equal(at_once[0], one_by_one[0])
+    assert at_once[1] == one_by_one[1]

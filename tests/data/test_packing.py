@@ -14,16 +14,16 @@ from keye_train.data.packing import Budget, pack_samples
 SAMPLES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 300)), max_size=200)
 
 
-@given(SAMPLES, st.integers(100, 150), st.integers(300, 500), st.integers(1, 4), st.integers(0, 5))
+@given(SAMPLES, st.integers(100, 150), st.integers(300, 500), st.integers(1, 4))
 @settings(max_examples=100, deadline=None)
 def test_nothing_lost_nothing_twice_budgets_kept(
-    samples: list[tuple[int, int]], tokens: int, patches: int, multiple: int, first: int
+    samples: list[tuple[int, int]], tokens: int, patches: int, multiple: int
 ) -> None:
     own_tokens = np.array([sample[0] for sample in samples], dtype=np.int64)
     own_patches = np.array([sample[1] for sample in samples], dtype=np.int64)
     budget = Budget(tokens, patches)
     packs = budget.packs(own_tokens, own_patches, multiple)
-    packing = pack_samples(own_tokens, own_patches, budget, packs, first=min(first, len(samples)))
+    packing = pack_samples(own_tokens, own_patches, budget, packs)
     assert len(packing) == packs
     assert packs % multiple == 0
     assert sorted(packing.order.tolist() + packing.left.tolist()) == list(range(len(samples)))
@@ -73,13 +73,6 @@ def test_every_pack_holds_samples_of_every_size() -> None:
     # Best fit decreasing, which fills one pack after another with samples of one size, gives 64 and 0.98 here.
     assert longest.max() / longest.min() < 5
     assert counts.std() / counts.mean() < 0.3
-
-
-def test_samples_that_have_waited_choose_first() -> None:
-    tokens = np.array([60] * 10, dtype=np.int64)
-    packing = pack_samples(tokens, np.zeros(10, dtype=np.int64), Budget(100, 100), 6, first=4)
-    assert packing.order.tolist() == [0, 1, 2, 3, 4, 5]
-    assert packing.left.tolist() == [6, 7, 8, 9]
 
 
 def test_a_window_is_packed_in_a_moment() -> None:

@@ -81,7 +81,7 @@ def test_every_draw_is_packed_once_or_dropped_with_a_reason_or_waits(seed: int, 
         assert all(pack.tokens <= 128 and pack.patches <= 300 for pack in batch.packs)
         if batch.step > 20 and state.batch == 0:  # between two windows
             break
-    seen.update(state.carried)
+    seen.update(plan.waiting(state))
     expected: Counter[tuple[int, int]] = Counter()
     for number, drawn in enumerate(state.drawn):
         source = plan.source(number)
@@ -133,7 +133,7 @@ def test_no_sample_waits_twice() -> None:
     """Left-overs of a window are in the next one; otherwise an awkward sample could wait for ever."""
     plan = toy_plan(window=150, packs=4)
     shuffles = [Shuffle(len(plan.source(number)), 0, name) for number, name in enumerate(plan.sources)]
-    states = [state for _, state in islice(plan.batches(), 60)]
+    states = [state for _, state in islice(plan.batches(), 80)]
     starts = [state for state in states if state.batch == 0]
     assert len(starts) > 5
     for before, after in pairwise(starts):
@@ -142,7 +142,26 @@ def test_no_sample_waits_twice() -> None:
             for number in range(3)
             for row in shuffles[number].rows(np.arange(before.drawn[number], after.drawn[number])).tolist()
         )
-        assert not Counter(after.carried) - fresh
+        assert not Counter(plan.waiting(after)) - fresh
+
+
+@given(st.integers(0, 1000), st.sampled_from([30, 200, 1000]), st.sampled_from([1, 4, 12]))
+@settings(max_examples=20, deadline=None)
+def test_a_checkpoint_keeps_a_few_numbers_however_large_the_window(seed: int, window: int, packs: int) -> None:
+    plan = toy_plan(seed, window, packs)
+    for _, state in islice(plan.batches(), 15):
+        flat = [n for value in state.to_json().values() for n in (value if isinstance(value, tuple) else [value])]
+        assert len(flat) == 5 * 3 + 7
+        # Another process, which has planned nothing, finds the same samples waiting.
+        assert toy_plan(seed, window, packs).waiting(state) == plan.waiting(state)
+
+
+def test_a_position_of_another_version_is_refused_with_what_to_do() -> None:
+    _, state = next(toy_plan().batches())
+    old = {**state.to_json(), "carried": [[0, 1]]}
+    del old["before_drawn"]
+    with pytest.raises(ValueError, match=r"another version of this program.*another run_dir"):
+        PlanState.from_json(old)
 
 
 def test_samples_over_the_budget_are_dropped_with_the_setting_to_change() -> None:
@@ -217,7 +236,8 @@ def test_going_on_at_a_billion_samples_takes_no_longer_than_at_the_start() -> No
     plan = toy_plan(window=2000)
     start = plan.start()
     counts = (600_000_000, 300_000_000, 100_000_000)
-    far = PlanState(plan.fingerprint, 10**7, 500_000, 0, counts, (), (0, 0, 0), counts, 0)
+    before = tuple(count - count // 500_000 for count in counts)
+    far = PlanState(plan.fingerprint, 10**7, 500_000, 0, counts, (0, 0, 0), counts, 0, before, before, 0)
     seconds = []
     for state in (start, far):
         begin = time.process_time()
