@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from keye_train import compose
+from keye_train.cli.chain import verify_parser
 from keye_train.cli.soups import COMMANDS as MERGE_COMMANDS
 from keye_train.cli.train import COMMANDS as TRAIN_COMMANDS
 from keye_train.settings import (
@@ -72,6 +73,9 @@ def test_a_shown_command_is_understood(page: str, line: str) -> None:
             assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"{page}: make {target}"
     elif program in PROGRAMS:
         if "--help" in words:
+            return
+        if words[:2] == ["keye-merge", "verify"]:
+            assert verify_parser().parse_args(words[2:]).out.name
             return
         schema, primary = PROGRAMS[program]
         if program == "keye-merge" and words[1] in MERGE_COMMANDS:

@@ -101,12 +101,17 @@ def merge_help() -> str:
     return MERGE_HELP.format(methods=method_table(), differences=differences)
 
 
-def _verify_command(words: Sequence[str]) -> None:
+def verify_parser() -> argparse.ArgumentParser:
+    """The command line of ``keye-merge verify``."""
     parser = argparse.ArgumentParser(
         prog="keye-merge verify", description="Check a merged model against its manifest; exit code 1 for any fault."
     )
     parser.add_argument("out", type=Path, help="folder that keye-merge wrote")
-    arguments = parser.parse_args(words)
+    return parser
+
+
+def _verify_command(words: Sequence[str]) -> None:
+    arguments = verify_parser().parse_args(words)
 
     def work() -> int:
         from keye_train.merging.verify import verify
