@@ -3,10 +3,13 @@
     python -m benchmarks.loader
     python -m benchmarks.loader --energon ENVIRONMENT/lib/python3.11/site-packages
 
-Image-caption chats with JPEGs of 640 x 480. The bare loop opens the tars in order and cuts each picture into patches;
-it knows no text and no pack. The encoding loop reads in order, too, and makes the tensors of each sample with its text,
-but no packs. The loader draws, packs, reads by byte range, makes the same tensors and lays out packs. Energon reads the
-same shards in order, shuffles in a buffer, encodes with the same encoder and lays out packs of the same token budget.
+Image-caption chats with JPEGs of 640 x 480. The bare loop opens the tars in order, decodes each picture, resizes it and
+cuts it into patches with the very functions that the loader calls, each time into new memory as malloc gives it; it
+knows no text and no pack. "bare, memory kept" is the same loop where malloc keeps what is freed, as the loader's
+readers let it (``keye_train.data.memory``). With 0 workers all sides run in one process, and share that. The encoding
+loop reads in order, too, and makes the tensors of each sample with its text, but no packs. The loader draws, packs,
+reads by byte range, makes the same tensors and lays out packs. Energon reads the same shards in order, shuffles in a
+buffer, encodes with the same encoder and lays out packs of the same token budget.
 
 Workers are processes beside the one that measures; 0: all in one. Each line is the best of several rounds, the sides in
 turns. Processor time is that of all processes of a side; on a machine with other work it is the figure to trust. The
@@ -43,6 +46,7 @@ from keye_train.data.cost import training_cost
 from keye_train.data.formats import parse_sample
 from keye_train.data.index import build_index, tokenizer_fingerprint
 from keye_train.data.loader import Loader
+from keye_train.data.memory import keep_freed_memory
 from keye_train.data.plan import Plan
 from keye_train.data.reader import walk_shard
 from keye_train.model.images import decode_image
@@ -53,6 +57,7 @@ from keye_train.settings import ResolutionSettings, SourceSettings, TrainSetting
 SHARDS, SHARD_SAMPLES = 6, 64
 MAX_TOKENS = 4096
 ROUNDS, SECONDS = 6, 2.5
+BARE, BARE_KEPT, ENCODING = "bare loop", "bare, memory kept", "encoding loop"
 WORDS = "a small red boat lies on the grey stones of the quiet shore before many old houses in evening light"
 
 Measured = tuple[float, float]  # samples a second, processor milliseconds a sample
@@ -150,20 +155,22 @@ def _processor_s() -> float:
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
-def _loop_process(bare: bool, shards: list[str], settings: TrainSettings, seconds: float) -> Measured:
+def _loop_process(kind: str, shards: list[str], settings: TrainSettings, seconds: float) -> Measured:
     torch.set_num_threads(1)
-    counts = bare_loop(shards, settings.data.resolution) if bare else encoding_loop(shards, settings)
+    if kind == BARE_KEPT:
+        keep_freed_memory()
+    counts = encoding_loop(shards, settings) if kind == ENCODING else bare_loop(shards, settings.data.resolution)
     return measure(counts, seconds)
 
 
-def loop(bare: bool, settings: TrainSettings, processes: int, seconds: float) -> Measured:
+def loop(kind: str, settings: TrainSettings, processes: int, seconds: float) -> Measured:
     """A loop in this process (0) or in several, each on its share of the shards."""
     folder = Path(settings.data.sources["images"].shards[0]).parent
     shards = sorted(map(str, folder.glob("*.tar")))
     if not processes:
-        return _loop_process(bare, shards, settings, seconds)
+        return _loop_process(kind, shards, settings, seconds)
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        parts = [(bare, shards[number::processes], settings, seconds) for number in range(processes)]
+        parts = [(kind, shards[number::processes], settings, seconds) for number in range(processes)]
         measured = pool.starmap(_loop_process, parts)
     return sum(rate for rate, _ in measured), float(np.mean([busy for _, busy in measured]))
 
@@ -180,11 +187,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--energon", metavar="DIR", help="site-packages that hold megatron-energon")
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2], help="reader processes (%(default)s)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each measurement (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each side (%(default)s)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     sides: dict[str, Callable[[TrainSettings, int, float], Measured]] = {
-        "bare loop": partial(loop, True),
-        "encoding loop": partial(loop, False),
+        BARE: partial(loop, BARE),
+        BARE_KEPT: partial(loop, BARE_KEPT),
+        ENCODING: partial(loop, ENCODING),
         "loader": ours,
     }
     with tempfile.TemporaryDirectory() as name:
@@ -198,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         result = Result("loader", __doc__ or "")
         for workers in arguments.workers:
             found: dict[str, list[Measured]] = {side: [] for side in sides}
-            for _ in range(ROUNDS):
+            for _ in range(arguments.rounds):
                 for side, run in sides.items():
                     found[side].append(run(settings, workers, arguments.seconds))
             best = {side: (max(r for r, _ in some), min(b for _, b in some)) for side, some in found.items()}

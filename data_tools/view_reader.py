@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from keye_train.data.collate import LoadedPack
 from keye_train.data.formats import parse_sample
 from keye_train.data.limits import DecodeLimits
 from keye_train.data.loader import PackReader, ReadTask, Watch, unwatched
+from keye_train.data.memory import slot_bytes
 from keye_train.data.pool import ReaderPool
 from keye_train.data.reader import ShardReader
 from keye_train.model.chat import first_answers, media_slots
@@ -55,10 +58,11 @@ class ViewReader:
         task: ReadTask | tuple[ReadTask, ...],
         given_up: Mapping[int, str] | None = None,
         watch: Watch = unwatched,
+        memory: np.ndarray | None = None,
     ) -> ReadSample | LoadedPack:
         """Read a sample, or the samples of a pack; see ``PackReader``."""
         if isinstance(task, tuple):
-            return self._packs(task, given_up, watch)
+            return self._packs(task, given_up, watch, memory)
         key, name = "", ""
         try:
             key, members = self._shards.read(task.shard, task.row)
@@ -95,7 +99,7 @@ class GuardedReader:
     def __init__(self, settings: TrainSettings, encoder: SampleEncoder) -> None:
         self._read = ViewReader(settings, encoder)
         limits = DecodeLimits(settings.data.decode_seconds, settings.data.decode_bytes)
-        self._pool = ReaderPool(self._read, 1, limits) if settings.data.workers else None
+        self._pool = ReaderPool(self._read, 1, limits, slot_bytes(settings.stage)) if settings.data.workers else None
 
     def sample(self, task: ReadTask) -> ReadSample:
         """One sample; what is wrong with it stands in it."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from keye_train.model.packed import IGNORE_INDEX, ContrastiveInputs, PackedInputs, VisionInputs
 from keye_train.model.positions import PATCH_SIZE, grid_tokens, sample_positions
@@ -34,14 +35,21 @@ class LoadedPack:
         return tuple(ref.source for ref in self.refs)
 
 
-def collate_samples(samples: Sequence[EncodedSample], model: ModelSettings) -> PackedInputs:
+def collate_samples(
+    samples: Sequence[EncodedSample], model: ModelSettings, patches: Tensor | None = None
+) -> PackedInputs:
     """Lay samples one behind another.
 
     Without a single sample the pack is one pad token that teaches nothing: every rank must run the same collectives,
     whatever its data hold.
+
+    Args:
+        samples: of one pack, in order.
+        model: whose tokens stand for media.
+        patches: [P, 3, 14, 14] uint8 of all samples, where they stand one behind another already.
     """
     ids = model.special_tokens
-    vision = _vision(samples)
+    vision = _vision(samples, patches)
     if not samples:
         return PackedInputs.build(
             input_ids=torch.tensor([ids.pad]),
@@ -61,15 +69,20 @@ def collate_samples(samples: Sequence[EncodedSample], model: ModelSettings) -> P
     )
 
 
-def collate_pairs(pairs: Sequence[EncodedPair], model: ModelSettings, captions: bool = False) -> ContrastiveInputs:
+def collate_pairs(
+    pairs: Sequence[EncodedPair], model: ModelSettings, captions: bool = False, patches: Tensor | None = None
+) -> ContrastiveInputs:
     """Images one behind another, captions as rows; no pair at all gives B = 0.
 
     Args:
+        pairs: of one pack, in order.
+        model: whose text tower reads the captions.
         captions: lay out the images' tokens and captions for the caption loss too.
+        patches: see ``collate_samples``.
     """
     no_text = torch.empty(0, model.text_tower.max_tokens, dtype=torch.int64)
     text_ids = torch.stack([pair.text_ids for pair in pairs]) if pairs else no_text
-    vision = _vision(pairs)
+    vision = _vision(pairs, patches)
     return ContrastiveInputs(vision, text_ids, _captions(pairs, vision) if captions else None)
 
 
@@ -100,10 +113,9 @@ def _captions(pairs: Sequence[EncodedPair], vision: VisionInputs) -> PackedInput
     return replace(packed, input_ids=packed.input_ids.clamp(min=0))
 
 
-def _vision(samples: Sequence[EncodedSample | EncodedPair]) -> VisionInputs:
-    no_patches = torch.empty(0, 3, PATCH_SIZE, PATCH_SIZE, dtype=torch.uint8)
+def _vision(samples: Sequence[EncodedSample | EncodedPair], patches: Tensor | None) -> VisionInputs:
+    if patches is None:
+        no_patches = torch.empty(0, 3, PATCH_SIZE, PATCH_SIZE, dtype=torch.uint8)
+        patches = torch.cat([no_patches, *(sample.pixel_patches for sample in samples)])
     no_grid = torch.empty(0, 3, dtype=torch.int64)
-    return VisionInputs.build(
-        torch.cat([no_patches, *(sample.pixel_patches for sample in samples)]),
-        torch.cat([no_grid, *(sample.grid_thw for sample in samples)]),
-    )
+    return VisionInputs.build(patches, torch.cat([no_grid, *(sample.grid_thw for sample in samples)]))

@@ -39,7 +39,7 @@ OF_THE_SAMPLE = frozenset(
 """Signals by which a sample ends its reader. SIGKILL is none: the machine ran out of memory, or somebody sent it."""
 
 _PROGRESS = struct.Struct("<qd")  # number of the sample in work, -1 between two; when it began
-_STATM = Path("/proc/self/statm")
+_STATM = "/proc/self/statm"
 _STATM_DATA = 5  # field: private writable memory in pages, what RLIMIT_DATA counts
 
 
@@ -110,6 +110,7 @@ class DecodeWatch:
     def __init__(self, limits: DecodeLimits, progress: Progress) -> None:
         self._limits, self._progress = limits, progress
         self._lifted = resource.getrlimit(resource.RLIMIT_DATA)
+        self._statm = os.open(_STATM, os.O_RDONLY | os.O_CLOEXEC) if Path(_STATM).exists() else None
 
     @contextmanager
     def __call__(self, number: int) -> Iterator[None]:
@@ -135,9 +136,9 @@ class DecodeWatch:
             self._progress.end()
 
     def _limit_memory(self) -> None:
-        if not _STATM.exists():
+        if self._statm is None:
             return  # not Linux; data.decode_bytes says so
-        used = int(_STATM.read_text().split()[_STATM_DATA]) * resource.getpagesize()
+        used = int(os.pread(self._statm, 256, 0).split()[_STATM_DATA]) * resource.getpagesize()
         soft, hard = self._lifted
         limit = used + self._limits.memory_bytes
         known = [value for value in (limit, soft, hard) if value != resource.RLIM_INFINITY]

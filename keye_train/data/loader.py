@@ -15,15 +15,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from keye_train.data.collate import LoadedPack, collate_pairs, collate_samples
 from keye_train.data.digest import digest_samples
 from keye_train.data.formats import parse_sample
 from keye_train.data.index import read_key
 from keye_train.data.limits import DecodeLimits
+from keye_train.data.memory import PackMemory, keep_freed_memory, slot_bytes
 from keye_train.data.plan import Dropped, Pack, Plan, PlanState, assign, balance
 from keye_train.data.pool import ReaderPool
 from keye_train.data.reader import ShardReader
+from keye_train.model.positions import PATCH_BYTES, PATCH_SIZE
 from keye_train.model.sample_encoder import WHOLE, EncodedPair, EncodedSample, SampleEncoder
 from keye_train.sample import Fit, SampleError, SampleRef
 from keye_train.settings import Objective, StorageSettings, TrainSettings
@@ -101,7 +104,11 @@ class PackReader:
         self.decoding = -1  # number of the sample
 
     def __call__(
-        self, tasks: tuple[ReadTask, ...], given_up: Mapping[int, str] | None = None, watch: Watch = unwatched
+        self,
+        tasks: tuple[ReadTask, ...],
+        given_up: Mapping[int, str] | None = None,
+        watch: Watch = unwatched,
+        memory: np.ndarray | None = None,
     ) -> LoadedPack:
         """Read the samples of a pack; those that cannot be read are named in ``skipped``.
 
@@ -109,6 +116,7 @@ class PackReader:
             tasks: the samples.
             given_up: number of a sample -> why it is not to be tried (again).
             watch: holds the decoding of each sample to limits.
+            memory: [bytes] uint8 in which the patches are laid out, if they fit; None: in memory of their own.
 
         Raises:
             ValueError: a sample has another size than its index says.
@@ -119,33 +127,41 @@ class PackReader:
         read: list[Any] = []
         skipped: list[tuple[SampleRef, str]] = []
         whole: list[ReadTask] = []
+        patches = _patches_in(memory, sum(task.patches for task in tasks))
+        used = 0
         for number, (task, raw) in enumerate(zip(tasks, found, strict=True)):
             self.decoding = number
             try:
                 if given_up and number in given_up:
                     raise SampleError(given_up[number])
-                read.append(self._encode(task, raw, number, watch))
+                read.append(self._encode(task, raw, number, watch, patches[used : used + task.patches]))
                 whole.append(task)
+                used += task.patches
             except SampleError as error:
                 ref = SampleRef(task.source, task.shard, read_key(task.shard, task.row, self._storage))
                 skipped.append((ref, str(error)))
         self.reading, self.decoding = (), -1
-        model = self.processor.model
+        model, pixels = self.processor.model, torch.from_numpy(patches[:used])
         pairs = self.objective == Objective.contrastive
         return LoadedPack(
-            inputs=collate_pairs(read, model, self.captions) if pairs else collate_samples(read, model),
+            inputs=collate_pairs(read, model, self.captions, pixels) if pairs else collate_samples(read, model, pixels),
             refs=tuple(sample.ref for sample in read),
             tasks=tuple(sample.task for sample in read),
             skipped=tuple(skipped),
             tokens=sum(sample.text_ids.numel() if pairs else sample.input_ids.numel() for sample in read),
-            patches=sum(len(sample.pixel_patches) for sample in read),
+            patches=used,
             fill=sum(task.tokens for task in tasks) / self.max_tokens,
             digest=digest_samples((task.source, task.source_row) for task in whole),
             changed=sum(task.fit != WHOLE for task in whole),
         )
 
     def _encode(
-        self, task: ReadTask, raw: tuple[str, dict[str, bytes]] | SampleError, number: int, watch: Watch
+        self,
+        task: ReadTask,
+        raw: tuple[str, dict[str, bytes]] | SampleError,
+        number: int,
+        watch: Watch,
+        out: np.ndarray,
     ) -> EncodedSample | EncodedPair:
         if isinstance(raw, SampleError):
             raise raw
@@ -154,10 +170,10 @@ class PackReader:
         with watch(number):
             sample = parse_sample(SampleRef(task.source, task.shard, key), members)
             if self.objective == Objective.contrastive:
-                encoded = self.processor.encode_pair(sample, task.fit)
+                encoded = self.processor.encode_pair(sample, task.fit, out)
                 tokens = task.tokens
             else:
-                encoded = self.processor.encode(sample, task.fit)
+                encoded = self.processor.encode(sample, task.fit, out)
                 tokens = len(encoded.input_ids)
         if (tokens, len(encoded.pixel_patches)) != (task.tokens, task.patches):
             folder = shlex.quote(self.processor.model.tokenizer)
@@ -167,6 +183,14 @@ class PackReader:
                 f"indexed; run: keye-data index {shlex.quote(task.shard)} --force --tokenizer {folder}"
             )
         return encoded
+
+
+def _patches_in(memory: np.ndarray | None, count: int) -> np.ndarray:
+    """Place for the patches of a pack: [count, 3, 14, 14] uint8."""
+    shape = (count, 3, PATCH_SIZE, PATCH_SIZE)
+    if memory is None or len(memory) < count * PATCH_BYTES:
+        return np.empty(shape, dtype=np.uint8)
+    return memory[: count * PATCH_BYTES].reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -221,7 +245,11 @@ class Loader:
         )
         workers = settings.data.workers
         limits = DecodeLimits(settings.data.decode_seconds, settings.data.decode_bytes)
-        self._pool = ReaderPool(self._read, workers, limits) if workers else None
+        size = slot_bytes(settings.stage)
+        self._memory = PackMemory(size)  # touched without reader processes only
+        self._pool = ReaderPool(self._read, workers, limits, size) if workers else None
+        if not workers:
+            keep_freed_memory()
         self._depth = 1 + (settings.data.prefetch_steps if workers else 0)
 
     def __iter__(self) -> Loader:
@@ -242,7 +270,9 @@ class Loader:
         if step.left_out is not None:
             dropped = self._name(step.dropped)
             return StepData(step.step, [], dropped, step.state_after, left_out=step.left_out, passed_over=True)
-        packs = [future.result() for future in step.futures] or [self._read(tasks) for tasks in step.packs]
+        packs = [future.result() for future in step.futures] or [
+            self._read(tasks, memory=self._memory.lend()) for tasks in step.packs
+        ]
         return StepData(step.step, packs, self._name(step.dropped), step.state_after, step.balance)
 
     def describe_readers(self) -> str:

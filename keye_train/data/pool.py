@@ -1,9 +1,7 @@
 """Processes that read packs ahead of the training.
 
-Each reader process has two pipes of its own and no other tie to this process: a task goes in, the bytes of a pack come
-out. Nothing is shared, so a reader can be ended at any moment without harm, and neither the size of /dev/shm nor the
-number of open files limits what is read ahead. Moving a pack of 40 MB through a pipe takes some 20 ms, in a thread
-that does not hold up the training.
+Each reader process has a pipe and a socket of its own and no other tie to this process: a task goes in, a pack comes
+out, laid out in memory that both have mapped (``transport``). A reader can be ended at any moment without harm.
 
 A reader that a sample ends (see ``limits``) is replaced, and its pack read again without that sample. What else ends a
 reader, and what ``read`` raises, stops the run.
@@ -11,25 +9,28 @@ reader, and what ``read`` raises, stops the run.
 
 from __future__ import annotations
 
-import io
 import logging
 import multiprocessing
-import pickle
+import os
 import signal
 import threading
 import traceback
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from keye_train.data.limits import OF_THE_SAMPLE, DecodeLimits, DecodeWatch, Progress
+from keye_train.data.memory import keep_freed_memory
 from keye_train.data.stacks import STACK_SIGNAL, StackFile
+from keye_train.data.transport import Receiver, Sender
 
 log = logging.getLogger(__name__)
 
@@ -48,27 +49,31 @@ LOOK_SECONDS = 1.0
 class Read(Protocol[Task_contra, Result_co]):
     """What readers run."""
 
-    def __call__(self, task: Task_contra, /, given_up: Mapping[int, str], watch: DecodeWatch) -> Result_co:
+    def __call__(
+        self, task: Task_contra, /, given_up: Mapping[int, str], watch: DecodeWatch, memory: np.ndarray
+    ) -> Result_co:
         """Read a task.
 
         Args:
             task: several samples.
             given_up: number of a sample -> why it is not to be tried again.
             watch: ``with watch(number):`` around the work on a sample holds it to the limits.
+            memory: [slot_bytes] uint8; tensors made in it from its start on need no copy to reach the other process.
         """
 
 
 class ReaderPool(Generic[Task, Result]):
     """Runs ``read`` in other processes, which have loaded it once. Close the pool to end them."""
 
-    def __init__(self, read: Read[Task, Result], processes: int, limits: DecodeLimits) -> None:
+    def __init__(self, read: Read[Task, Result], processes: int, limits: DecodeLimits, slot_bytes: int) -> None:
         """Args:
         read: what to run; it is pickled into each process.
         processes: how many, at least 1.
         limits: of each sample.
+        slot_bytes: what the tensors of a result take; those that find no room travel through the socket.
         """
-        self._read, self._limits = read, limits
-        self._processes = _start(read, limits, processes)
+        self._start = partial(_start, read, limits, slot_bytes)
+        self._processes = self._start(processes)
         self._lock = threading.Lock()  # of the list of processes
         self._closed = False
         self._idle: SimpleQueue[int] = SimpleQueue()
@@ -122,7 +127,7 @@ class ReaderPool(Generic[Task, Result]):
             if self._closed:
                 raise RuntimeError("the readers were closed")
             self._processes[number].join()
-            (self._processes[number],) = _start(self._read, self._limits, 1)
+            (self._processes[number],) = self._start(1)
 
 
 @dataclass(frozen=True)
@@ -146,22 +151,23 @@ class _EndedBySample(Exception):
 
 
 class _ReaderProcess:
-    """One reader process and this side of its pipes."""
+    """One reader process and this side of its connections."""
 
-    def __init__(self, read: Read[Any, Any], limits: DecodeLimits, number: int) -> None:
+    def __init__(self, read: Read[Any, Any], limits: DecodeLimits, slot_bytes: int, number: int) -> None:
         self._limits, self._progress, self._stacks = limits, Progress(), StackFile()
         self._task: Any = None
         context = multiprocessing.get_context("spawn")  # fork is not safe next to the threads of torch and NCCL
         their_tasks, self._tasks = context.Pipe(duplex=False)
-        self._results, their_results = context.Pipe(duplex=False)
+        results, their_results = context.Pipe(duplex=True)  # a socket, over which descriptors travel, too
+        self._results = Receiver(results)
         self._process = context.Process(
             target=_serve,
-            args=(read, limits, self._progress, self._stacks, their_tasks, their_results),
+            args=(read, limits, slot_bytes, self._progress, self._stacks, their_tasks, their_results),
             name=f"reader-{number}",
             daemon=True,
         )
         self._process.start()
-        # Only the child holds its ends now, so its death closes the pipes.
+        # Only the child holds its ends now, so its death closes them.
         their_tasks.close()
         their_results.close()
 
@@ -174,10 +180,10 @@ class _ReaderProcess:
 
     def _answer(self, task: Any, given_up: Mapping[int, str]) -> Any:
         try:
-            self._tasks.send((task, given_up))
-            while not self._results.poll(min(LOOK_SECONDS, self._limits.clock_s / 4)):
+            self._tasks.send((task, given_up, self._results.freed()))
+            while not self._results.connection.poll(min(LOOK_SECONDS, self._limits.clock_s / 4)):
                 self._look_at_the_clock()
-            result, failure = pickle.loads(self._results.recv_bytes())
+            result, failure = self._results.receive()
         except (EOFError, OSError) as error:
             self._process.join(JOIN_SECONDS)
             sample, _ = self._progress.read()
@@ -215,12 +221,12 @@ class _ReaderProcess:
             self._process.kill()
             self._process.join()
         self._tasks.close()
-        self._results.close()
+        self._results.connection.close()
         self._progress.close()
         self._stacks.close()
 
 
-def _start(read: Read[Any, Any], limits: DecodeLimits, processes: int) -> list[_ReaderProcess]:
+def _start(read: Read[Any, Any], limits: DecodeLimits, slot_bytes: int, processes: int) -> list[_ReaderProcess]:
     """Start readers that are deaf to SIGINT, SIGTERM and SIGUSR1: the trainer decides when they end.
 
     All three reach them past the trainer, from a terminal and from launchers that signal the whole process group,
@@ -230,7 +236,7 @@ def _start(read: Read[Any, Any], limits: DecodeLimits, processes: int) -> list[_
     resource_tracker.ensure_running()  # every start makes sure that it runs, and starting it unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)
     try:
-        return [_ReaderProcess(read, limits, number) for number in range(processes)]
+        return [_ReaderProcess(read, limits, slot_bytes, number) for number in range(processes)]
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -238,6 +244,7 @@ def _start(read: Read[Any, Any], limits: DecodeLimits, processes: int) -> list[_
 def _serve(
     read: Read[Any, Any],
     limits: DecodeLimits,
+    slot_bytes: int,
     progress: Progress,
     stacks: StackFile,
     tasks: Connection,
@@ -246,34 +253,22 @@ def _serve(
     """Life of a reader process: until the other side closes the pipe, also by dying."""
     stacks.answer_signals()
     torch.set_num_threads(1)  # readers are parallel by process
-    watch = DecodeWatch(limits, progress)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    keep_freed_memory()
+    watch, sender = DecodeWatch(limits, progress), Sender(results, slot_bytes)
     while True:
         try:
-            task, given_up = tasks.recv()
+            task, given_up, freed = tasks.recv()
         except EOFError:
             return
         failure = result = None
+        slot, memory = sender.slot(freed)
         try:
-            result = read(task, given_up=given_up, watch=watch)
+            result = read(task, given_up=given_up, watch=watch, memory=memory)
         except Exception as error:  # not handled here: the training process raises it
             kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), RuntimeError)
             failure = (kind, str(error), traceback.format_exc())
         try:
-            results.send_bytes(_dumps((result, failure)))
+            sender.send((result, failure), slot)
         except BrokenPipeError:
             return
-
-
-def _dumps(value: Any) -> memoryview:
-    file = io.BytesIO()
-    _Pickler(file, protocol=5).dump(value)
-    return file.getbuffer()
-
-
-class _Pickler(pickle.Pickler):
-    """Writes tensors as plain bytes, where torch's own way would go through files in shared memory."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return torch.from_numpy, (value.numpy(),)
-        return NotImplemented

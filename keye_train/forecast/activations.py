@@ -145,7 +145,7 @@ def _meta_model(settings: TrainSettings, contrastive: bool) -> nn.Module:
             model = KeyeForConditionalGeneration(config)
         # Under autocast products run in bf16 too; what the norms keep in float32 there is not told apart.
         if settings.deepspeed.precision != Precision.fp32:
-            model = model.to(torch.bfloat16)
+            model = nn.Module.to(model, torch.bfloat16)
     freeze(model, settings.stage)
     return model.train()
 

@@ -174,9 +174,19 @@ def encode_conversation(
         SampleError: see ``parse_turns``.
         ValueError: ``media_tokens`` does not match the conversation.
     """
+    return encode_turns(tokenizer, parse_turns(messages), media_tokens, generation_prompt)
+
+
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Turn],
+    media_tokens: Sequence[int],
+    generation_prompt: bool = False,
+) -> EncodedChat:
+    """``encode_conversation`` of turns that ``parse_turns`` has checked."""
     encoder = _encoder(tokenizer)
     counts = iter(media_tokens)
-    pieces = [piece for turn in parse_turns(messages) for piece in _turn_ids(encoder, turn, counts)]
+    pieces = [piece for turn in turns for piece in _turn_ids(encoder, turn, counts)]
     if next(counts, None) is not None:
         raise ValueError(f"{len(media_tokens)} token counts for fewer images and videos")
     if generation_prompt:

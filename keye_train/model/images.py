@@ -11,7 +11,7 @@ import struct
 import zlib
 
 import numpy as np
-from einops import rearrange
+import pyarrow as pa
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from keye_train.model.media_options import MediaOptions, MediaRequest
@@ -47,7 +47,11 @@ def probe_image(data: bytes) -> MediaInfo:
 
 
 def decode_image(
-    data: bytes, resolution: ResolutionSettings, options: MediaOptions | None = None, scaled_jpeg: bool = False
+    data: bytes,
+    resolution: ResolutionSettings,
+    options: MediaOptions | None = None,
+    scaled_jpeg: bool = False,
+    out: np.ndarray | None = None,
 ) -> tuple[np.ndarray, Grid]:
     """Decode a picture into the patches that the vision tower reads; of an animation, the first frame.
 
@@ -57,6 +61,7 @@ def decode_image(
         scaled_jpeg: let libjpeg halve, quarter or eighth a JPEG within its inverse DCT as long as ``DRAFT_MARGIN``
             times the target's sides remain. Levels then differ by about 0.5 in the mean and up to 10; which scale
             is taken follows from the sizes alone.
+        out: where the patches go, see ``place_patches``.
 
     Returns:
         patches [h * w, 3, 14, 14] uint8 RGB in raster order, and the grid (1, h, w).
@@ -64,7 +69,7 @@ def decode_image(
     Raises:
         SampleError: broken, too large, too thin, or of an unknown kind; or ``options`` that cannot hold together.
     """
-    return cut_image(open_image(data), resolution, options, scaled_jpeg)
+    return cut_image(open_image(data), resolution, options, scaled_jpeg, out)
 
 
 def cut_image(
@@ -72,13 +77,14 @@ def cut_image(
     resolution: ResolutionSettings,
     options: MediaOptions | None = None,
     scaled_jpeg: bool = False,
+    out: np.ndarray | None = None,
 ) -> tuple[np.ndarray, Grid]:
     """Patches of a picture in any mode; arguments, returned values and errors as for ``decode_image``."""
     grid = MediaRequest.of(MediaInfo(MediaKind.image, *upright_size(image)), resolution, options).grid
     if scaled_jpeg and image.format == "JPEG":
         sides = DRAFT_MARGIN * grid[2] * PATCH_SIZE, DRAFT_MARGIN * grid[1] * PATCH_SIZE
         image.draft(None, sides if _orientation(image) < 5 else sides[::-1])
-    return to_patches(resize_to_grid(upright_rgb(image), grid)[None]), grid
+    return to_patches(resize_to_grid(upright_rgb(image), grid)[None], out), grid
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -134,7 +140,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         return on_white(image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -145,15 +151,48 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def resize_to_grid(image: Image.Image, grid: Grid) -> np.ndarray:
-    """Bicubic (antialiased) resize of an RGB picture to the pixels of one time step: [14 * h, 14 * w, 3] uint8."""
+    """Bicubic (antialiased) resize of an RGB picture to the pixels of one time step.
+
+    Returns:
+        [14 * h, 14 * w, 3 or 4] uint8: red, green, blue, and a byte that is not used where Pillow's own memory is
+        looked at, which holds 4 bytes a pixel.
+    """
     size = (grid[2] * PATCH_SIZE, grid[1] * PATCH_SIZE)
-    return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    resized = image.resize(size, Image.Resampling.BICUBIC)
+    try:
+        levels = pa.array(resized)
+    except ValueError:  # above 16 MiB, Pillow holds a picture in several pieces
+        return np.asarray(resized)
+    return np.frombuffer(levels.values.buffers()[1], dtype=np.uint8).reshape(size[1], size[0], 4)
 
 
-def to_patches(frames: np.ndarray) -> np.ndarray:
-    """Cut frames [t, 14 * h, 14 * w, 3] into patches [t * h * w, 3, 14, 14] in raster order (t, h, w)."""
-    patches = rearrange(frames, "t (h y) (w x) c -> (t h w) c y x", y=PATCH_SIZE, x=PATCH_SIZE)
-    return np.ascontiguousarray(patches)
+def to_patches(frames: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Cut frames into patches.
+
+    Args:
+        frames: [t, 14 * h, 14 * w, C], of which the first three channels are taken.
+        out: where the patches go, see ``place_patches``.
+
+    Returns:
+        [t * h * w, 3, 14, 14] in raster order (t, h, w).
+    """
+    t, height, width, channels = frames.shape
+    h, w = height // PATCH_SIZE, width // PATCH_SIZE
+    # In two steps, since copies are cheap where they move long runs: first whole lines of patches, then channels.
+    line = np.dtype((np.void, PATCH_SIZE * channels * frames.itemsize))
+    lines = np.ascontiguousarray(frames).reshape(-1).view(line).reshape(t, h, PATCH_SIZE, w)
+    pixels = np.ascontiguousarray(lines.transpose(0, 1, 3, 2)).view(frames.dtype)
+    patches = place_patches(t * h * w, out, frames.dtype)
+    patches.reshape(-1, 3, PATCH_SIZE**2)[...] = pixels.reshape(-1, PATCH_SIZE**2, channels)[..., :3].swapaxes(1, 2)
+    return patches
+
+
+def place_patches(count: int, out: np.ndarray | None = None, dtype: np.dtype | type = np.uint8) -> np.ndarray:
+    """Uninitialised patches [count, 3, 14, 14]: the first rows of ``out``, or new ones where it has too few."""
+    if out is not None and len(out) >= count:
+        assert out.flags.c_contiguous, "patches are written through reshaped views"
+        return out[:count]
+    return np.empty((count, 3, PATCH_SIZE, PATCH_SIZE), dtype=dtype)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -66,20 +66,21 @@ class Medium:
         allow_http: bool = False,
         backend: VideoBackend = VideoBackend.pyav,
         scaled_jpeg: bool = False,
+        out: np.ndarray | None = None,
     ) -> Pixels:
-        """Decode and resize it, once. ``scaled_jpeg``: see ``images.decode_image``.
+        """Decode and resize it, once. ``scaled_jpeg``: see ``images.decode_image``; ``out``: ``images.place_patches``.
 
         Raises:
             SampleError: it cannot be read, is broken or too thin, or its options do not fit it.
         """
         if self.kind == MediaKind.image:
             image = read_image(self.source, allow_http)
-            return Pixels(self.kind, *cut_image(image, resolution, self.options, scaled_jpeg), 0.0)
+            return Pixels(self.kind, *cut_image(image, resolution, self.options, scaled_jpeg, out), 0.0)
         video = read_video(self.source, allow_http)
         if isinstance(video, (bytes, Path)):
-            decoded = decode_video(video, resolution, self.options, backend)
+            decoded = decode_video(video, resolution, self.options, backend, out)
         else:
-            decoded = decode_frames(video, self._rate(), resolution, self.options)
+            decoded = decode_frames(video, self._rate(), resolution, self.options, out)
         return Pixels(self.kind, decoded.patches, decoded.grid, decoded.seconds_per_grid)
 
     def published_pixels(self, min_pixels: int, max_pixels: int, allow_http: bool = False) -> Pixels:

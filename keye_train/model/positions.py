@@ -23,6 +23,7 @@ from keye_train.settings import ResolutionSettings
 PATCH_SIZE = 14
 MERGE_SIZE = 2
 TOKEN_SIDE = PATCH_SIZE * MERGE_SIZE  # pixels
+PATCH_BYTES = 3 * PATCH_SIZE**2  # as levels of red, green and blue
 TOKENS_PER_SECOND = 2  # steps of the time axis that one second of video takes
 MAX_ASPECT_RATIO = 200
 
@@ -175,31 +176,30 @@ def sample_positions(
         [3, L] int64: time, height, width.
 
     Raises:
-        ValueError: the pad tokens do not match the grids.
+        ValueError: the pad tokens do not match the grids, or those of a grid do not follow each other.
     """
     ids = input_ids.numpy()
     pads = np.flatnonzero((ids == image_pad_id) | (ids == video_pad_id))
-    grid = np.asarray(grids, dtype=np.int64).reshape(-1, 3) // (1, MERGE_SIZE, MERGE_SIZE)
-    lengths = grid.prod(axis=1)
-    if lengths.sum() != len(pads):
-        raise ValueError(f"{len(pads)} image and video pad tokens, but the grids take {int(lengths.sum())} tokens")
-    if not len(pads):
-        return torch.arange(len(ids)).expand(3, -1).clone()
-
-    ends = lengths.cumsum()
-    seconds = np.asarray(seconds_per_grid, dtype=np.float32)
-    last_step = _time_steps(grid[:, 0] - 1, seconds, tokens_per_second)
-    advance = np.ones(len(ids), dtype=np.int64)  # of the running position, by each token
-    advance[pads] = 0
-    advance[pads[ends - 1]] = np.maximum(last_step, grid[:, 1:].max(axis=1) - 1) + 1
+    lengths = [grid_tokens(grid) for grid in grids]
+    if sum(lengths) != len(pads):
+        raise ValueError(f"{len(pads)} image and video pad tokens, but the grids take {sum(lengths)} tokens")
     positions = np.empty((3, len(ids)), dtype=np.int64)
-    positions[:] = advance.cumsum() - advance
-
-    item = np.repeat(np.arange(len(grid)), lengths)
-    place = np.arange(len(pads)) - (ends - lengths)[item]  # number of the token within its grid
-    frame, within = np.divmod(place, (grid[:, 1] * grid[:, 2])[item])
-    row, column = np.divmod(within, grid[item, 2])
-    positions[:, pads] += np.stack([_time_steps(frame, seconds[item], tokens_per_second), row, column])
+    positions[:] = np.arange(len(ids))
+    shift = done = end = 0  # shift: position - row of the text here; done: pads; end: of the last grid
+    for (t, height, width), seconds, length in zip(grids, seconds_per_grid, lengths, strict=True):
+        before, start = end, int(pads[done])
+        done, end = done + length, start + length
+        if pads[done - 1] != end - 1:
+            raise ValueError(f"the {length} pad tokens of a grid do not follow each other from row {start} on")
+        positions[:, before:start] += shift
+        h, w = height // MERGE_SIZE, width // MERGE_SIZE
+        block = positions[:, start:end].reshape(3, t, h, w)
+        steps = _time_steps(np.arange(t), np.float32(seconds), tokens_per_second)
+        block[0] = (steps + (start + shift))[:, None, None]
+        block[1] = np.arange(start + shift, start + shift + h)[:, None]
+        block[2] = np.arange(start + shift, start + shift + w)
+        shift += max(int(steps[-1]), h - 1, w - 1) + 1 - length
+    positions[:, end:] += shift
     return torch.from_numpy(positions)
 
 
@@ -273,7 +273,7 @@ def rope_index(
     return positions.to(device), deltas.to(device)
 
 
-def _time_steps(frames: np.ndarray, seconds: np.ndarray, tokens_per_second: int) -> np.ndarray:
+def _time_steps(frames: np.ndarray, seconds: np.float32, tokens_per_second: int) -> np.ndarray:
     """trunc(k * seconds * tokens_per_second), each product rounded to float32 as the published code does."""
-    product = frames.astype(np.float32) * seconds.astype(np.float32)
+    product = frames.astype(np.float32) * seconds
     return (product * np.float32(tokens_per_second)).astype(np.int64)

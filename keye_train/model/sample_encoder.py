@@ -17,11 +17,12 @@ from keye_train.model.chat import (
     EncodedChat,
     MediaSlot,
     Message,
-    encode_conversation,
+    encode_turns,
     first_answers,
     last_answer,
     media_slots,
     parse_turns,
+    slots_of,
 )
 from keye_train.model.configuration import SPECIAL_TOKENS
 from keye_train.model.images import decode_image
@@ -112,19 +113,20 @@ class SampleEncoder:
         _check_vocabulary(tokenizer, self.model.text_tower.vocab_size, "model.text_tower.vocab_size")
         return tokenizer
 
-    def encode(self, sample: Sample, fit: Fit = WHOLE) -> EncodedSample:
+    def encode(self, sample: Sample, fit: Fit = WHOLE, out: np.ndarray | None = None) -> EncodedSample:
         """Tensors of a sample for the language objective.
 
         Args:
             sample: in any state.
             fit: what is taken of it.
+            out: where the patches go, see ``images.place_patches``.
 
         Raises:
             SampleError: whatever is wrong with the sample, and samples that teach nothing (no assistant turn).
         """
         messages = first_answers(sample.messages, fit.answers)
-        encoded = self._encode(sample, messages, generation_prompt=False, media_tokens=fit.media_tokens)
-        if not bool((encoded.labels != IGNORE_INDEX).any()):
+        encoded = self._encode(sample, messages, generation_prompt=False, media_tokens=fit.media_tokens, out=out)
+        if (encoded.labels.numpy() == IGNORE_INDEX).all():
             raise SampleError("conversation without an assistant turn")
         return encoded
 
@@ -141,12 +143,13 @@ class SampleEncoder:
         encoded.labels.fill_(IGNORE_INDEX)
         return encoded
 
-    def encode_pair(self, sample: Sample, fit: Fit = WHOLE) -> EncodedPair:
+    def encode_pair(self, sample: Sample, fit: Fit = WHOLE, out: np.ndarray | None = None) -> EncodedPair:
         """The only image of a sample and its caption, which is the text of the last assistant turn.
 
         Args:
             sample: in any state.
             fit: what its image may take; the text is cut to the length of the text tower in any case.
+            out: where the patches go, see ``images.place_patches``.
 
         Raises:
             SampleError: broken, no caption, or not exactly one image.
@@ -156,7 +159,7 @@ class SampleEncoder:
         if [kind for kind, _ in media] != [MediaKind.image]:
             raise SampleError(f"a caption pair needs exactly one image and nothing else, this has {len(media)} media")
         options = token_limit(MediaKind.image, fit.media_tokens, self.resolution)
-        patches, grid = decode_image(media[0][1], self.resolution, options, self.scaled_jpeg)
+        patches, grid = decode_image(media[0][1], self.resolution, options, self.scaled_jpeg, out)
         text_ids = self.text_ids([caption])[0]
         return EncodedPair(
             sample.ref,
@@ -184,19 +187,28 @@ class SampleEncoder:
         return torch.tensor(encoded["input_ids"])
 
     def _encode(
-        self, sample: Sample, messages: list[Message], generation_prompt: bool, media_tokens: int = 0
+        self,
+        sample: Sample,
+        messages: list[Message],
+        generation_prompt: bool,
+        media_tokens: int = 0,
+        out: np.ndarray | None = None,
     ) -> EncodedSample:
         patches: list[np.ndarray] = []
         grids: list[Grid] = []
         seconds: list[float] = []
-        for kind, data in _media_of(sample, media_slots(messages)):
+        turns = parse_turns(messages)
+        used = 0
+        for kind, data in _media_of(sample, slots_of(turns)):
             medium = Medium(kind, data, token_limit(kind, media_tokens, self.resolution))
-            pixels = medium.pixels(self.resolution, backend=self.video_backend, scaled_jpeg=self.scaled_jpeg)
+            room = None if out is None else out[used:]
+            pixels = medium.pixels(self.resolution, backend=self.video_backend, scaled_jpeg=self.scaled_jpeg, out=room)
+            used += len(pixels.patches)
             patches.append(pixels.patches)
             grids.append(pixels.grid)
             seconds.append(pixels.seconds_per_grid)
-        chat: EncodedChat = encode_conversation(
-            self.tokenizer, messages, [grid_tokens(grid) for grid in grids], generation_prompt
+        chat: EncodedChat = encode_turns(
+            self.tokenizer, turns, [grid_tokens(grid) for grid in grids], generation_prompt
         )
         ids = self.model.special_tokens
         position_ids = sample_positions(
@@ -208,7 +220,7 @@ class SampleEncoder:
             input_ids=chat.input_ids,
             labels=chat.labels,
             position_ids=position_ids,
-            pixel_patches=torch.from_numpy(_joined(patches)),
+            pixel_patches=torch.from_numpy(_joined(patches) if out is None or used > len(out) else out[:used]),
             grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
         )
 

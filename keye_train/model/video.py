@@ -22,7 +22,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from keye_train.model.images import resize_to_grid, to_patches, upright_rgb
+from keye_train.model.images import place_patches, resize_to_grid, to_patches, upright_rgb
 from keye_train.model.media_options import MediaOptions, MediaRequest
 from keye_train.model.positions import Grid
 from keye_train.model.video_torchcodec import torchcodec_frames
@@ -67,8 +67,9 @@ def decode_video(
     resolution: ResolutionSettings,
     options: MediaOptions | None = None,
     backend: VideoBackend = VideoBackend.pyav,
+    out: np.ndarray | None = None,
 ) -> DecodedVideo:
-    """Decode the frames that the budgets allow, each resized once.
+    """Decode the frames that the budgets allow, each resized once; ``out``: see ``images.place_patches``.
 
     A frame that the decoder does not deliver (hidden or dropped by the encoder) is replaced by the one before it.
 
@@ -81,7 +82,7 @@ def decode_video(
         request = MediaRequest.of(video.info, resolution, options)
         indices = frames_taken(video.seconds, request)
         frames = video.pictures(indices, backend)
-        return _cut(frames, request, [video.seconds[index] for index in indices])
+        return _cut(frames, request, [video.seconds[index] for index in indices], out)
 
 
 def decode_frames(
@@ -89,6 +90,7 @@ def decode_frames(
     fps: float,
     resolution: ResolutionSettings,
     options: MediaOptions | None = None,
+    out: np.ndarray | None = None,
 ) -> DecodedVideo:
     """Patches of a video that is given as its frames; all of them are taken, or as many as the budgets allow.
 
@@ -96,13 +98,14 @@ def decode_frames(
         frames: pictures of one size.
         fps: frames per second that they were taken at; the key ``fps`` of ``options`` is not looked at.
         resolution, options: budgets.
+        out: see ``images.place_patches``.
 
     Raises:
         SampleError: no frames, frames of several sizes, or ``options`` that do not fit them.
     """
     request = frames_request(frames, fps, resolution, options)
     indices = request.frame_indices
-    return _cut((upright_rgb(frames[i]) for i in indices), request, [index / fps for index in indices])
+    return _cut((upright_rgb(frames[i]) for i in indices), request, [index / fps for index in indices], out)
 
 
 def frames_request(
@@ -149,10 +152,14 @@ def _quarter_turns(frame: av.VideoFrame) -> int:
     return round(frame.rotation / 90) % 4
 
 
-def _cut(frames: Iterable[Image.Image], request: MediaRequest, times_s: list[float]) -> DecodedVideo:
-    grid = request.grid
-    patches = [to_patches(resize_to_grid(frame, grid)[None]) for frame in frames]
-    return DecodedVideo(np.concatenate(patches), grid, request.seconds_per_grid, times_s)
+def _cut(
+    frames: Iterable[Image.Image], request: MediaRequest, times_s: list[float], out: np.ndarray | None
+) -> DecodedVideo:
+    grid = t, h, w = request.grid
+    patches = place_patches(t * h * w, out)
+    for frame, place in zip(frames, patches.reshape(t, h * w, *patches.shape[1:]), strict=True):
+        to_patches(resize_to_grid(frame, grid)[None], place)
+    return DecodedVideo(patches, grid, request.seconds_per_grid, times_s)
 
 
 @dataclass

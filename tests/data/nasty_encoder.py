@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import time
 
+import numpy as np
+
 from keye_train.model.sample_encoder import WHOLE, EncodedSample, SampleEncoder
 from keye_train.sample import Fit, Sample
 
@@ -12,7 +14,7 @@ from keye_train.sample import Fit, Sample
 class NastyEncoder(SampleEncoder):
     """What a fault in a decoder's C code does to its process."""
 
-    def encode(self, sample: Sample, fit: Fit = WHOLE) -> EncodedSample:
+    def encode(self, sample: Sample, fit: Fit = WHOLE, out: np.ndarray | None = None) -> EncodedSample:
         text = sample.messages[-1]["content"]
         if text.startswith("SPIN"):
             while True:
@@ -27,4 +29,4 @@ class NastyEncoder(SampleEncoder):
             ctypes.string_at(0)
         if text.startswith("BUG"):
             raise KeyError("a fault of ours")
-        return super().encode(sample, fit)
+        return super().encode(sample, fit, out)
