@@ -97,8 +97,8 @@ class Audit:
         }
 
 
-def audit_run(run_dir: str | Path) -> Audit:
-    """Examine a run, finished or not.
+def run_plan(run_dir: str | Path) -> tuple[TrainSettings, Plan]:
+    """Settings of a run, and its plan made once more.
 
     Raises:
         ValueError: it is no run, keeps no account, or its data are not those that it was trained on.
@@ -110,13 +110,23 @@ def audit_run(run_dir: str | Path) -> Audit:
         )
     settings = compose.to_settings(TrainSettings, OmegaConf.to_container(OmegaConf.load(folder / runs.RECIPE)))
     plan = Plan.from_settings(settings, training_cost(settings))
-    manifest = runs.read_json(folder / runs.MANIFEST)
-    if manifest.get("data_fingerprint") != plan.fingerprint:
+    if runs.read_json(folder / runs.MANIFEST).get("data_fingerprint") != plan.fingerprint:
         raise ValueError(
             f"{folder} was planned on other data, or by another version of this program: restore the shards and "
             "indexes that its recipe names"
         )
-    return _examine(folder, plan, manifest, settings.data.storage)
+    return settings, plan
+
+
+def audit_run(run_dir: str | Path) -> Audit:
+    """Examine a run, finished or not.
+
+    Raises:
+        ValueError: see ``run_plan``.
+    """
+    settings, plan = run_plan(run_dir)
+    folder = Path(run_dir)
+    return _examine(folder, plan, runs.read_json(folder / runs.MANIFEST), settings.data.storage)
 
 
 def _examine(folder: Path, plan: Plan, manifest: Mapping[str, Any], storage: StorageSettings) -> Audit:

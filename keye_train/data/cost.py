@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,8 +40,36 @@ def language_cost(flops: FlopCoefficients) -> PackCost:
     return PackCost(flops.language_token + half_pair, half_pair, flops.vision_patch, flops.vision_pair)
 
 
+def read_cost(path: str | Path) -> PackCost:
+    """The cost in a file of ``keye-data fit-cost``.
+
+    Raises:
+        ValueError: it cannot be read, or is no such file.
+    """
+    try:
+        held: Any = json.loads(Path(path).read_text(encoding="utf-8"))["cost"]
+        cost = PackCost(**{name: float(value) for name, value in held.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"data.cost_file={path} has no cost of packs ({error}): make it with keye-data fit-cost"
+        ) from error
+    values = list(asdict(cost).values())
+    if not all(np.isfinite(value) and value >= 0 for value in values) or not any(values):
+        raise ValueError(f"data.cost_file={path}: coefficients are finite, at least 0, and not all 0")
+    return cost
+
+
 def training_cost(settings: TrainSettings) -> PackCost:
-    """Cost of a pack in a step of this run, by what the stage trains.
+    """Cost of a pack in a step of this run: of ``data.cost_file``, or by what the stage trains.
+
+    Raises:
+        ValueError: the file cannot be used.
+    """
+    return read_cost(settings.data.cost_file) if settings.data.cost_file else config_cost(settings)
+
+
+def config_cost(settings: TrainSettings) -> PackCost:
+    """Operations of a pack in a step of this run, by what the stage trains.
 
     With the contrastive objective every sample takes ``text_tower.max_tokens`` = m tokens: the text tower runs over all
     of them, padding included. A caption decoder sees n = p / 4 + m tokens of an image of p patches; captions count at

@@ -180,6 +180,9 @@ class DataSettings:
     nor does it at a divisor of that number. A divisor of ``stage.global_batch_packs``; null: a quarter of it. Where it
     is more than a quarter, batches are less alike in their sources. The samples of a step follow from this number,
     never from the actual number of ranks."""
+    cost_file: str | None = None
+    """File of ``keye-data fit-cost``: packs are balanced by times that were measured in a run of the same model on the
+    same kind of device. null: by the operations that the model's config counts."""
     shuffle_block_rows: int = 128
     """Neighbouring rows that stay together in sources larger than a group; see ``keye_train.data.blocks``."""
     shuffle_group_blocks: int = 8192

@@ -1,0 +1,65 @@
+"""``keye-data fit-cost``: what packs cost, from the step times of a run."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from keye_train import runs
+from keye_train.data.audit import run_plan
+from keye_train.data.cost import config_cost
+from keye_train.data.fitted import CostFit, fit_cost, step_seconds
+
+DESCRIPTION = """\
+Fit the cost of packs on the step times of a run, so that a plan balances time and not operations alone: seconds for
+each token, each pair of tokens of a sample, each patch and each pair of patches of an image or video, none below 0, and
+a constant for each step. Plans the run once more; its shards' indexes must be those of the run. Logged steps count
+(logging.every_steps=1 gives most), less the time spent waiting for data; the first two and outliers are left out.
+
+Prints how well the times are told, beside the cost that the model's config counts. The file is for data.cost_file;
+another cost is another plan.
+"""
+EXAMPLES = """\
+examples:
+  keye-data fit-cost runs/2_multitask --out cost.json
+  keye-train stage=2_multitask model=keye_8b data=keye_example data.cost_file=cost.json
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command ``fit-cost``."""
+    parser = subparsers.add_parser(
+        "fit-cost",
+        help="fit the cost of packs on the step times of a run",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", metavar="RUN", type=Path, help="folder of a run of keye-train")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the file for data.cost_file")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Fit and tell; the exit status."""
+    settings, plan = run_plan(arguments.folder)
+    world_size = int(runs.read_json(arguments.folder / runs.MANIFEST)["world_size"])
+    seconds = step_seconds(runs.read_jsonl(arguments.folder / runs.METRICS))
+    fit = fit_cost(plan, config_cost(settings), world_size, seconds)
+    print(text_table(fit))
+    if arguments.out:
+        fit.write(arguments.out)
+    return 0
+
+
+def text_table(fit: CostFit) -> str:
+    """The fit for a terminal."""
+    lines = [f"{fit.steps} steps; {fit.fixed_s:.4g} s of each, whatever its packs"]
+    lines += [f"{name:16}{value * fit.seconds:12.4g} s" for name, value in asdict(fit.cost).items()]
+    lines += [
+        f"{'':24}{'R^2':>8}{'mean error':>12}",
+        f"{'fitted':24}{fit.r2:8.3f}{fit.error:12.1%}",
+        f"{'by the config':24}{fit.config_r2:8.3f}{fit.config_error:12.1%}",
+    ]
+    return "\n".join(lines)
