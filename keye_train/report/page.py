@@ -155,6 +155,8 @@ def _curves(run: StageRun, opened: bool) -> dict[str, Any]:
     parts = [str(run.manifest.get("stage", "")), parent, f"{len(run.rows)} logged steps", clock(run.wall_s)]
     refused = sum(row.get("applied") is False for row in run.rows)
     parts += [f"{_counted(refused, 'update')} refused"] if refused else []
+    rolled_back = len(runs.read_json(run.folder / runs.LEFT_OUT)) if (run.folder / runs.LEFT_OUT).exists() else 0
+    parts += [f"{_counted(rolled_back, 'loss spike')} rolled back"] if rolled_back else []
     return {
         "name": run.name,
         "about": ", ".join(part for part in parts if part),
@@ -179,6 +181,7 @@ def _charts(run: StageRun) -> list[Markup]:
         line_chart(_fills(run), "Fill of the two budgets of a pack, smoothed", percent, (0.0, 1.0)),
         line_chart(_raw_and_smooth(run, run.column("balance")), "Balance: mean rank over slowest", percent, (0.0, 1.0)),
         line_chart(_raw_and_smooth(run, _waits(run)), "Share of the step waiting for data", percent, from_zero=True),
+        line_chart(_stragglers(run), "Slowest rank behind the median, seconds a step", from_zero=True),
         line_chart(_memory(run), "Memory of the rank that has most", _bytes, from_zero=True),
         line_chart(_raw_and_smooth(run, run.column("retrieval_accuracy")), "Retrieval within the batch", percent),
     ]
@@ -192,6 +195,18 @@ def _waits(run: StageRun) -> list[float | None]:
     """Share of each step in which the slowest rank waited for data; reckoned where an older run has no such column."""
     pairs = zip(run.column("data_wait_s"), run.column("step_s"), strict=True)
     return [wait / step if wait is not None and step else None for wait, step in pairs]
+
+
+def _stragglers(run: StageRun) -> list[Series]:
+    """By phase, what the slowest rank takes longer than the median of the ranks; runs of several ranks have it."""
+    lines = []
+    for colour, phase in enumerate(run.names_below("slowest_ranks")):
+        pairs = zip(
+            run.column("slowest_ranks", phase, "s"), run.column("slowest_ranks", phase, "median_s"), strict=True
+        )
+        behind = [worst - middle if worst is not None and middle is not None else None for worst, middle in pairs]
+        lines.append(Series(phase.replace("_", " "), run.steps, behind, colour))
+    return lines
 
 
 def _memory(run: StageRun) -> list[Series]:

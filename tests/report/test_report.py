@@ -99,6 +99,7 @@ class TestContent:
         assert page.count("Memory of the rank that has most") == 6  # caption and accessible name
         assert page.count("</span>device, peak</li>") == 0  # a CPU has none
         assert "1 update refused" in plain(page)
+        assert "loss spike" not in plain(page)
         assert page.count("Retrieval within the batch") == 0  # no run has logged it
         assert page.count("</span>caption</li>") == 2
         assert "NaN" not in page
