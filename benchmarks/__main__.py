@@ -1,6 +1,6 @@
 """``python -m benchmarks``: every benchmark, one after another."""
 
-from benchmarks import checkpoint, draw, loader, loss_memory, model_step, padded_trainer, plan
+from benchmarks import checkpoint, draw, loader, loss_memory, model_step, overhead, padded_trainer, plan
 
 if __name__ == "__main__":
     plan.main()
@@ -10,3 +10,4 @@ if __name__ == "__main__":
     loss_memory.main()
     model_step.main([])
     padded_trainer.main([])
+    overhead.main([])
