@@ -185,6 +185,21 @@ class TestInterruptedEqualsUninterrupted:
         tokens = [[row["tokens"] for row in runs.read_jsonl(folder / runs.METRICS)] for folder in (copy, one_process)]
         assert tokens[0] == tokens[1]
 
+    @pytest.mark.slow
+    def test_sigusr1_to_one_rank_ends_all_within_30_s(self, toy_corpus: ToyCorpus, tmp_path: Path) -> None:
+        run_dir = tmp_path / "run"
+        more = ("stage.steps=5000", "deepspeed.zero_stage=3", "guards.heartbeat_s=0.2")
+        process = ranks.start(toy_corpus.command([*ranks.torchrun(2), "-m"], STAGE, run_dir, *more))
+        deadline = time.monotonic() + 200
+        while len(runs.read_jsonl(run_dir / runs.METRICS)) < 3:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "the run does not get to the step"
+            time.sleep(0.01)
+        os.kill(runs.read_json(run_dir / runs.HEARTBEATS / "rank-00001.json")["pid"], signal.SIGUSR1)
+        output, _ = process.communicate(timeout=30)
+        assert "exitcode  : 138" in output
+        assert f"step-{len(losses(run_dir))}" in {path.name for path in (run_dir / runs.CHECKPOINTS).iterdir()}
+
     def test_torn_checkpoint_is_passed_over(
         self, toy_corpus: ToyCorpus, one_process: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
