@@ -3,7 +3,8 @@
     python -m benchmarks.index --tokenizer FOLDER
 
 The shards are made for the run: JPEGs of 300 to 700 pixels a side with a caption and the JSON of img2dataset
-(LAION-like), and small PNGs with a short conversation (demo-like). Both passes find the shards in the page cache.
+(LAION-like), small PNGs with a short conversation (demo-like),
+and JPEGs with 2 to 8 exchanges (LLaVA-like). Both passes find the shards in the page cache.
 """
 
 from __future__ import annotations
@@ -85,6 +86,18 @@ def demo_like(count: int) -> Iterator[Members]:
         yield {"0.png": pictures[number % 40], "json": json.dumps(record).encode()}
 
 
+def chat_like(count: int) -> Iterator[Members]:
+    rng = np.random.default_rng(2)
+    pictures = [picture(rng, *(int(side) for side in rng.integers(300, 700, 2)), "JPEG") for _ in range(40)]
+    for number in range(count):
+        turns: list[dict[str, str]] = []
+        for turn in range(int(rng.integers(2, 9))):
+            asked, answered = (" ".join(rng.choice(WORDS, int(rng.integers(2, most)))) for most in (20, 60))
+            turns.append({"from": "human", "value": asked + "?" if turn else f"<image>\n{asked}?"})
+            turns.append({"from": "gpt", "value": f"{answered} {number}."})
+        yield {"jpg": pictures[number % 40], "json": json.dumps({"conversations": turns}).encode()}
+
+
 def main() -> None:
     """Print and store the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,7 +107,7 @@ def main() -> None:
     tokenizer, fingerprint = load_tokenizer(arguments.tokenizer), tokenizer_fingerprint(arguments.tokenizer)
     result = Result("index", __doc__ or "")
     with tempfile.TemporaryDirectory() as folder:
-        for name, samples in (("LAION-like", laion_like), ("demo-like", demo_like)):
+        for name, samples in (("LAION-like", laion_like), ("demo-like", demo_like), ("LLaVA-like", chat_like)):
             shard = Path(folder) / f"{name}.tar"
             keyed = ((sample_key(number), members) for number, members in enumerate(samples(arguments.samples)))
             size = write_shard(shard, keyed).size_bytes
@@ -114,6 +127,7 @@ def main() -> None:
                     "index, MB/s": round(size / seconds / 1e6),
                     "index, us of CPU a sample": round(cpu / arguments.samples * 1e6),
                     "bare read + sha256, MB/s": round(size / bare / 1e6),
+                    "share of bare reading": f"{bare / seconds:.0%}",
                     "index on disk, bytes a sample": round(stored / arguments.samples, 1),
                 }
             )

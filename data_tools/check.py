@@ -93,7 +93,7 @@ def check_shard(shard: str, decode: bool = False, storage: StorageSettings | Non
                     _, members = reader.read(shard, row)
                     if members != raw.members:
                         yield Problem(shard, raw.key, "the offsets in .tar.idx point elsewhere: index the shard again")
-                _open(SampleRef("", shard, raw.key), members, decode)
+                open_sample(SampleRef("", shard, raw.key), members, decode)
             except SampleError as error:
                 yield Problem(shard, raw.key, str(error))
         reader.close()
@@ -116,7 +116,12 @@ def _indexed_keys(shard: str, local: str, storage: StorageSettings | None) -> li
     return keys
 
 
-def _open(ref: SampleRef, members: dict[str, bytes], decode: bool) -> None:
+def open_sample(ref: SampleRef, members: dict[str, bytes], decode: bool) -> None:
+    """Read a sample, with ``decode`` to the last pixel of its media.
+
+    Raises:
+        SampleError: what is wrong with it.
+    """
     sample = parse_sample(ref, members)
     if not decode:
         return

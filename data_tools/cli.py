@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from data_tools import check, fit_cost_cmd, index_cmd, ingest, ledger_cmd, plan_cmd, stats, view_cmd
+from data_tools import check, fit_cost_cmd, index_cmd, ingest, ledger_cmd, plan_cmd, requeue_cmd, stats, view_cmd
 from data_tools.demo import cli as demo
 
 DESCRIPTION = """\
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--verbose", action="store_true", help="log more")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (ingest, index_cmd, check, stats, plan_cmd, view_cmd, ledger_cmd, fit_cost_cmd, demo):
+    for command in (ingest, index_cmd, check, stats, plan_cmd, view_cmd, ledger_cmd, requeue_cmd, fit_cost_cmd, demo):
         command.add_parser(subparsers)
     return parser
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
 from pathlib import Path
+from types import MappingProxyType
 
+import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -21,9 +22,17 @@ from keye_train.data.index import (
     open_header,
     tokenizer_fingerprint,
 )
+from keye_train.data.limits import DecodeLimits, Watch, unwatched
 from keye_train.data.paths import index_file
+from keye_train.data.pool import ReaderPool
 from keye_train.data.storage import Storage, StorageError
 from keye_train.settings import StorageSettings
+
+NO_TENSORS = 4096
+"""Bytes of shared memory for processes that send none: a page, which is the least."""
+
+LIMITS = DecodeLimits(60.0, 4 * 2**30, "--decode-seconds", "--decode-bytes")
+"""Of one sample: a header takes milliseconds."""
 
 DESCRIPTION = """\
 Write the index of each shard: SHARD.tar.index.parquet (key, byte range, text tokens, media sizes, task) and
@@ -33,6 +42,9 @@ The index belongs to one shard and one tokenizer: after a change of either, inde
 Shards whose index fits are skipped, so an interrupted command can simply be run again: an index that is newer than its
 shard and has its size is taken as fitting, any other one is compared with the checksum of the shard (--force indexes
 again). Samples that cannot be read get a row with the reason; training leaves them out and names them in its ledger.
+
+Where more than a plain header has to be read, a sample is held to --decode-seconds and --decode-bytes; one that takes
+more, or that crashes its decoder, is such a sample.
 
 Shards behind URLs are fetched once each, to TMPDIR. Credentials come from the environment.
 """
@@ -57,7 +69,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--tokenizer", required=True, type=Path, metavar="DIR", help="folder of the tokenizer: model.tokenizer"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes (%(default)s); 0: this one, without limits",
+    )
+    parser.add_argument(
+        "--decode-seconds", type=float, default=LIMITS.seconds, metavar="S", help="CPU time of a sample (%(default)g)"
+    )
+    parser.add_argument(
+        "--decode-bytes", type=int, default=LIMITS.memory_bytes, metavar="N", help="memory of a sample (%(default)s)"
+    )
     parser.add_argument("--force", action="store_true", help="index also the shards whose index seems to fit")
     add_storage_arguments(parser)
     parser.set_defaults(run=run)
@@ -65,6 +89,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Index and tell; the exit status."""
+    if arguments.workers < 0 or not arguments.decode_seconds > 0 or arguments.decode_bytes < 2**20:
+        raise ValueError("--workers is at least 0, --decode-seconds above 0, --decode-bytes at least 1048576 (1 MiB)")
     storage = storage_from(arguments)
     shards = find_shards(arguments.shards, storage)
     fingerprint = tokenizer_fingerprint(arguments.tokenizer)
@@ -76,9 +102,11 @@ def run(arguments: argparse.Namespace) -> int:
     files.close()
     # The largest first, so that no process is left alone with one at the end.
     todo = sorted((s for s, done in zip(shards, fresh, strict=True) if not done), key=lambda s: -sizes[s])
+    limits = DecodeLimits(arguments.decode_seconds, arguments.decode_bytes, "--decode-seconds", "--decode-bytes")
     samples, done_bytes = 0, sum(sizes.values()) - sum(sizes[shard] for shard in todo)
     with tqdm(total=sum(sizes.values()), initial=done_bytes, unit="B", unit_scale=True, desc="index") as bar:
-        for number, header in enumerate(index_shards(todo, arguments.tokenizer, arguments.workers, storage), start=1):
+        headers = index_shards(todo, arguments.tokenizer, arguments.workers, storage, limits)
+        for number, header in enumerate(headers, start=1):
             samples += header.rows
             bar.set_postfix(shards=f"{number}/{len(todo)}", samples=samples, refresh=False)
             bar.update(header.shard_bytes)
@@ -107,27 +135,49 @@ def is_fresh(shard: str, tokenizer: Path, fingerprint: str, storage: StorageSett
 
 
 def index_shards(
-    shards: Sequence[str], tokenizer: Path, workers: int, storage: StorageSettings | None = None
+    shards: Sequence[str],
+    tokenizer: Path,
+    workers: int,
+    storage: StorageSettings | None = None,
+    limits: DecodeLimits = LIMITS,
 ) -> Iterator[ShardHeader]:
     """Write the index of each shard, in up to ``workers`` processes; yields as they get ready.
 
+    A sample that hangs its decoder, takes too much memory or crashes costs its process, which is replaced; it is marked
+    as unreadable, and its shard is begun anew. With ``workers`` 0 this process does the work, without limits.
+
     Raises:
-        ValueError: the tokenizer cannot be loaded.
+        ValueError: the tokenizer cannot be loaded, or see ``build_index``.
+        StorageError: see ``build_index``.
     """
-    if workers < 2 or len(shards) < 2:
-        loaded, fingerprint = load_tokenizer(tokenizer), tokenizer_fingerprint(tokenizer)
-        yield from (build_index(shard, loaded, fingerprint, storage) for shard in shards)
+    if not shards:
         return
-    pool = ProcessPoolExecutor(
-        min(workers, len(shards)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_prepare,
-        initargs=(tokenizer, storage),
-    )
+    index = ShardIndexer(load_tokenizer(tokenizer), tokenizer_fingerprint(tokenizer), storage)
+    if not workers:
+        yield from map(index, shards)
+        return
+    pool = ReaderPool(index, min(workers, len(shards)), limits, NO_TENSORS, "lower --workers")
     try:
-        yield from (future.result() for future in as_completed([pool.submit(_index, shard) for shard in shards]))
+        yield from (future.result() for future in as_completed([pool.submit(shard) for shard in shards]))
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.close()
+
+
+class ShardIndexer:
+    """Indexes one shard after another. Goes into the processes of a pool."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, fingerprint: str, storage: StorageSettings | None) -> None:
+        self._tokenizer, self._fingerprint, self._storage = tokenizer, fingerprint, storage
+
+    def __call__(
+        self,
+        shard: str,
+        given_up: Mapping[int, str] = MappingProxyType({}),
+        watch: Watch = unwatched,
+        memory: np.ndarray | None = None,
+    ) -> ShardHeader:
+        """Write the index of a shard; see ``build_index``. There are no tensors to make in ``memory``."""
+        return build_index(shard, self._tokenizer, self._fingerprint, self._storage, given_up, watch)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -140,18 +190,3 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"--tokenizer {folder}: cannot be loaded: {error}") from error
-
-
-# Tokenizer, its fingerprint and the storage of a worker process.
-_prepared: tuple[PreTrainedTokenizerBase, str, StorageSettings | None] | None = None
-
-
-def _prepare(folder: Path, storage: StorageSettings | None) -> None:
-    global _prepared
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one thread
-    _prepared = load_tokenizer(folder), tokenizer_fingerprint(folder), storage
-
-
-def _index(shard: str) -> ShardHeader:
-    assert _prepared is not None, "the process was not prepared"
-    return build_index(shard, *_prepared)

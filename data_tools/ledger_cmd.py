@@ -27,8 +27,8 @@ Exit status 1 when a planned sample is neither trained nor skipped, or came more
 The shards and indexes must be those of the run.
 
 --quarantine FILE lists the samples that could not be read (not those above the budgets); data.quarantine=[FILE] leaves
-them out of later runs. --requeue SHARD copies the members of those samples into a shard of their own, where their
-archive allows it: mend them there, index it and read it as any other source.
+them out of later runs, and keye-data requeue FILE reads them again once their shards are mended. --requeue SHARD copies
+the members of those samples into a shard of their own, where their archive allows it, to be mended there.
 """
 EXAMPLES = """\
 examples:

@@ -9,8 +9,8 @@ import numpy as np
 
 from keye_train.data.collate import LoadedPack
 from keye_train.data.formats import parse_sample
-from keye_train.data.limits import DecodeLimits
-from keye_train.data.loader import PackReader, ReadTask, Watch, unwatched
+from keye_train.data.limits import DecodeLimits, Watch, unwatched
+from keye_train.data.loader import PackReader, ReadTask
 from keye_train.data.memory import slot_bytes
 from keye_train.data.pool import ReaderPool
 from keye_train.data.reader import ShardReader

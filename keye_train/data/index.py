@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,11 +24,12 @@ from transformers import PreTrainedTokenizerBase
 
 from keye_train.data.energon import LayoutFinder
 from keye_train.data.formats import parse_with_turns
+from keye_train.data.limits import Watch, unwatched
 from keye_train.data.paths import OFFSET_BYTES, find_shards, index_file, index_path, offsets_file
 from keye_train.data.storage import Storage, StorageError, is_url
 from keye_train.data.tar import RawSample, walk_shard
-from keye_train.model.chat import TextSize, Turn, slots_of, text_sizes
-from keye_train.model.images import probe_image
+from keye_train.model.chat import MediaSlot, TextSize, Turn, slots_of, text_sizes
+from keye_train.model.images import probe_image, probe_plain
 from keye_train.model.video import probe_video
 from keye_train.sample import MediaInfo, MediaKind, Sample, SampleError, SampleRef
 from keye_train.settings import StorageSettings
@@ -44,7 +46,6 @@ __all__ = [
     "index_path",
     "open_header",
     "open_headers",
-    "probe_media",
     "read_columns",
     "read_key",
     "read_metadata",
@@ -53,6 +54,8 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 INDEX_VERSION = "3"
 """Goes up whenever the same shard would give other rows: a new layout, or another count of text tokens."""
@@ -130,7 +133,12 @@ def file_sha256(path: str | Path) -> str:
 
 
 def build_index(
-    shard: str | Path, tokenizer: PreTrainedTokenizerBase, fingerprint: str, storage: StorageSettings | None = None
+    shard: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    fingerprint: str,
+    storage: StorageSettings | None = None,
+    given_up: Mapping[int, str] = MappingProxyType({}),
+    watch: Watch = unwatched,
 ) -> ShardHeader:
     """Write the two index files of a shard; each appears whole or not at all.
 
@@ -139,6 +147,8 @@ def build_index(
         tokenizer: counts the text tokens.
         fingerprint: of that tokenizer, see ``tokenizer_fingerprint``.
         storage: ``data.storage``.
+        given_up: row -> why its media are not to be probed again.
+        watch: ``with watch(row):`` around the work of a decoder on a sample holds it to limits.
 
     Raises:
         ValueError: the shard stands in a folder whose ``.nv-meta`` cannot be used.
@@ -149,7 +159,8 @@ def build_index(
     layout = LayoutFinder(files)(shard)
     with files.local_copy(shard) as local, ThreadPoolExecutor(1) as thread:
         sha256 = thread.submit(file_sha256, local)  # beside the walk: hashing leaves the interpreter free
-        columns = _index_columns(walk_shard(local, layout), tokenizer, shard)
+        describe = _Describer(shard, given_up, watch)
+        columns = _index_columns(walk_shard(local, layout), tokenizer, describe)
         total = local.stat().st_size
         metadata = {
             "version": INDEX_VERSION,
@@ -174,11 +185,14 @@ def build_index(
     return ShardHeader(shard, rows, total, metadata["shard_sha256"], fingerprint, metadata["layout"])
 
 
-def _index_columns(raws: Iterable[RawSample], tokenizer: PreTrainedTokenizerBase, shard: str) -> dict[str, list[Any]]:
+def _index_columns(
+    raws: Iterable[RawSample], tokenizer: PreTrainedTokenizerBase, describe: _Describer
+) -> dict[str, list[Any]]:
     """Columns of ``SCHEMA``; texts are counted many at a time, which the tokenizer does faster."""
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     for batch in _batches(raws):
-        described = [_describe(raw, shard) for raw in batch]
+        first = len(columns["key"])
+        described = [describe(row, raw) for row, raw in enumerate(batch, first)]
         sizes = iter(text_sizes(tokenizer, [found.turns for found in described if found.error is None]))
         for raw, found in zip(batch, described, strict=True):
             size = next(sizes) if found.error is None else TextSize(0, ())
@@ -216,31 +230,47 @@ class _Described:
     error: str | None  # why it cannot be read
 
 
-def _describe(raw: RawSample, shard: str) -> _Described:
-    try:
-        if raw.error is not None:
-            raise SampleError(raw.error)
-        sample, turns = parse_with_turns(SampleRef("", shard, raw.key), raw.members)
-        media = [vars(info) | {"kind": info.kind.value} for info in probe_media(sample, turns)]
-        return _Described(turns, media, sample.task, None)
-    except SampleError as error:
-        return _Described([], [], "", str(error))
+class _Describer:
+    """Looks into the samples of one shard."""
+
+    def __init__(self, shard: str, given_up: Mapping[int, str], watch: Watch) -> None:
+        self._shard, self._given_up, self._watch = shard, given_up, watch
+
+    def __call__(self, row: int, raw: RawSample) -> _Described:
+        """What stands in the sample of a row."""
+        try:
+            if (problem := self._given_up.get(row, raw.error)) is not None:
+                raise SampleError(problem)
+            sample, turns = parse_with_turns(SampleRef("", self._shard, raw.key), raw.members)
+            slots = slots_of(turns)
+            media = [_probe_plain(sample, slot) for slot in slots]
+            if None in media:  # Pillow or FFmpeg has to look
+                with self._watch(row):
+                    media = [info or _probe(sample, slot) for info, slot in zip(media, slots, strict=True)]
+            columns = [vars(info) | {"kind": info.kind.value} for info in media if info is not None]
+            return _Described(turns, columns, sample.task, None)
+        except SampleError as error:
+            return _Described([], [], "", str(error))
 
 
-def probe_media(sample: Sample, turns: Sequence[Turn]) -> list[MediaInfo]:
-    """Sizes of the media in the order in which the conversation mentions them, from their headers.
+def _probe_plain(sample: Sample, slot: MediaSlot) -> MediaInfo | None:
+    return _named(slot, probe_plain, sample) if slot.kind == MediaKind.image else None
+
+
+def _probe(sample: Sample, slot: MediaSlot) -> MediaInfo:
+    """Size of an image or video from its header.
 
     Raises:
-        SampleError: a header cannot be read.
+        SampleError: it cannot be read.
     """
-    infos = []
-    for slot in slots_of(turns):
-        probe = probe_image if slot.kind == MediaKind.image else probe_video
-        try:
-            infos.append(probe(sample.media[slot.name]))
-        except SampleError as error:
-            raise SampleError(f"{slot.name}: {error}") from error
-    return infos
+    return _named(slot, probe_image if slot.kind == MediaKind.image else probe_video, sample)
+
+
+def _named(slot: MediaSlot, probe: Callable[[bytes], T], sample: Sample) -> T:
+    try:
+        return probe(sample.media[slot.name])
+    except SampleError as error:
+        raise SampleError(f"{slot.name}: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------------ reading

@@ -22,8 +22,8 @@ import signal
 import struct
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.reduction import DupFd
 from pathlib import Path
@@ -38,6 +38,15 @@ OF_THE_SAMPLE = frozenset(
 )
 """Signals by which a sample ends its reader. SIGKILL is none: the machine ran out of memory, or somebody sent it."""
 
+Watch = Callable[[int], AbstractContextManager[None]]
+"""``with watch(number):`` around the work on the sample ``number`` of a task."""
+
+
+def unwatched(_: int) -> AbstractContextManager[None]:
+    """In the main process nothing can be limited: it would be the one to die."""
+    return nullcontext()
+
+
 _PROGRESS = struct.Struct("<qd")  # number of the sample in work, -1 between two; when it began
 _STATM = "/proc/self/statm"
 _STATM_DATA = 5  # field: private writable memory in pages, what RLIMIT_DATA counts
@@ -49,6 +58,8 @@ class DecodeLimits:
 
     seconds: float  # CPU time
     memory_bytes: int
+    seconds_setting: str = "data.decode_seconds"  # for messages
+    bytes_setting: str = "data.decode_bytes"
 
     @property
     def clock_s(self) -> float:
@@ -58,19 +69,19 @@ class DecodeLimits:
     def died_of(self, number: int) -> str:
         """Reason for the ledger where a signal of ``OF_THE_SAMPLE`` ended the reader."""
         if number == signal.SIGPROF:
-            return f"decoding took longer than data.decode_seconds={self.seconds:g} s of CPU time"
+            return f"decoding took longer than {self.seconds_setting}={self.seconds:g} s of CPU time"
         return f"decoding it ended the reader process by {signal.Signals(number).name}"
 
     def too_slow(self) -> str:
         """Reason for the ledger where the clock ran out."""
         return (
             f"decoding took longer than {self.clock_s:g} s by the clock, {CLOCK_FACTOR:g} times "
-            f"data.decode_seconds={self.seconds:g}"
+            f"{self.seconds_setting}={self.seconds:g}"
         )
 
     def too_large(self) -> str:
         """Reason for the ledger where memory was refused."""
-        return f"decoding takes more than data.decode_bytes={self.memory_bytes} of memory"
+        return f"decoding takes more than {self.bytes_setting}={self.memory_bytes} of memory"
 
 
 class Progress:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import shlex
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +20,7 @@ from keye_train.data.collate import LoadedPack, collate_pairs, collate_samples
 from keye_train.data.digest import digest_samples
 from keye_train.data.formats import parse_sample
 from keye_train.data.index import read_key
-from keye_train.data.limits import DecodeLimits
+from keye_train.data.limits import DecodeLimits, Watch, unwatched
 from keye_train.data.memory import PackMemory, keep_freed_memory, slot_bytes
 from keye_train.data.plan import Dropped, Pack, Plan, PlanState, assign, balance
 from keye_train.data.pool import ReaderPool
@@ -72,15 +71,6 @@ def read_tasks(plan: Plan, pack: Pack) -> tuple[ReadTask, ...]:
         fit = fits[sample.source][sample.row] if sample.source in fits else WHOLE
         tasks.append(ReadTask(source.name, *place, sample.row, sample.tokens, sample.patches, fit))
     return tuple(tasks)
-
-
-Watch = Callable[[int], AbstractContextManager[None]]
-"""``with watch(number):`` around the work on the sample ``number`` of a pack."""
-
-
-def unwatched(_: int) -> AbstractContextManager[None]:
-    """In the training process itself nothing can be limited: it would be the one to die."""
-    return nullcontext()
 
 
 class PackReader:

@@ -65,13 +65,22 @@ class Read(Protocol[Task_contra, Result_co]):
 class ReaderPool(Generic[Task, Result]):
     """Runs ``read`` in other processes, which have loaded it once. Close the pool to end them."""
 
-    def __init__(self, read: Read[Task, Result], processes: int, limits: DecodeLimits, slot_bytes: int) -> None:
+    def __init__(
+        self,
+        read: Read[Task, Result],
+        processes: int,
+        limits: DecodeLimits,
+        slot_bytes: int,
+        out_of_memory: str = "lower data.workers or data.prefetch_steps",
+    ) -> None:
         """Args:
         read: what to run; it is pickled into each process.
         processes: how many, at least 1.
         limits: of each sample.
         slot_bytes: what the tensors of a result take; those that find no room travel through the socket.
+        out_of_memory: what helps where the machine runs out of memory, for messages.
         """
+        self._advice = out_of_memory
         self._start = partial(_start, read, limits, slot_bytes)
         self._processes = self._start(processes)
         self._lock = threading.Lock()  # of the list of processes
@@ -114,7 +123,7 @@ class ReaderPool(Generic[Task, Result]):
         try:
             while True:  # every round gives up one more sample
                 try:
-                    return self._processes[number].ask(task, given_up)
+                    return self._processes[number].ask(task, given_up, self._advice)
                 except _EndedBySample as ended:
                     log.warning("a reader process is replaced: %s", ended.reason)
                     given_up[ended.sample] = ended.reason
@@ -171,14 +180,14 @@ class _ReaderProcess:
         their_tasks.close()
         their_results.close()
 
-    def ask(self, task: Any, given_up: Mapping[int, str]) -> Any:
+    def ask(self, task: Any, given_up: Mapping[int, str], advice: str) -> Any:
         self._task = task
         try:
-            return self._answer(task, given_up)
+            return self._answer(task, given_up, advice)
         finally:
             self._task = None
 
-    def _answer(self, task: Any, given_up: Mapping[int, str]) -> Any:
+    def _answer(self, task: Any, given_up: Mapping[int, str], advice: str) -> Any:
         try:
             self._tasks.send((task, given_up, self._results.freed()))
             while not self._results.connection.poll(min(LOOK_SECONDS, self._limits.clock_s / 4)):
@@ -191,8 +200,7 @@ class _ReaderProcess:
             if sample >= 0 and signal_number in OF_THE_SAMPLE:
                 raise _EndedBySample(sample, self._limits.died_of(signal_number)) from error
             raise RuntimeError(
-                f"a reader process died (exit code {self._process.exitcode}); if memory ran out, lower data.workers or "
-                "data.prefetch_steps"
+                f"a reader process died (exit code {self._process.exitcode}); if memory ran out, {advice}"
             ) from error
         if failure is not None:
             kind, message, trace = failure

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from keye_train.data.corpus import Corpus, Source
 
@@ -18,6 +19,25 @@ log = logging.getLogger(__name__)
 
 QUARANTINED = "quarantined"
 """How the reason of a sample begins that a quarantine list names."""
+
+
+def read_list(file: str | Path) -> list[dict[str, Any]]:
+    """Lines of a quarantine list: source, shard, key, row, reason and sha256 of the shard.
+
+    Raises:
+        ValueError: the file is missing, or a line is none of a quarantine list.
+    """
+    if not Path(file).is_file():
+        raise ValueError(f"quarantine list {file} does not exist; write it with keye-data ledger --quarantine")
+    rows = []
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            texts = {name: str(row[name]) for name in ("source", "shard", "key", "reason", "sha256")}
+            rows.append({**texts, "row": int(row["row"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"quarantine list {file} line {number} is no quarantined sample") from error
+    return rows
 
 
 class Quarantine:
@@ -31,14 +51,8 @@ class Quarantine:
         """
         self._samples: dict[tuple[str, int], str] = {}
         for file in files:
-            if not Path(file).is_file():
-                raise ValueError(f"data.quarantine: {file} does not exist; write it with keye-data ledger --quarantine")
-            for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
-                try:
-                    row = json.loads(line)
-                    self._samples[str(row["sha256"]), int(row["row"])] = f"{QUARANTINED} ({row['reason']})"
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"data.quarantine: {file} line {number} is no quarantined sample") from error
+            for row in read_list(file):
+                self._samples[row["sha256"], row["row"]] = f"{QUARANTINED} ({row['reason']})"
 
     def __len__(self) -> int:
         return len(self._samples)

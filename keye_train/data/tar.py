@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import mmap
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,10 +157,19 @@ def _plain_header(header: bytes) -> tuple[str, int] | None:
     except ValueError:
         return None
     # The sum counts its own field as eight spaces.
-    if size < 0 or sum(header) - sum(header[148:156]) + 8 * 0x20 != checksum:
+    if size < 0 or _byte_sum(header) - sum(header[148:156]) + 8 * 0x20 != checksum:
         return None
     name = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
     return name, size
+
+
+def _byte_sum(header: bytes) -> int:
+    """Sum of the 512 bytes of a header.
+
+    The lower half of Adler-32 is 1 + the sum of the bytes modulo 65,521, which 256 bytes cannot reach.
+    """
+    half = len(header) // 2
+    return sum((zlib.adler32(part) & 0xFFFF) - 1 for part in (header[:half], header[half:]))
 
 
 def _unusual_members(file: io.BytesIO | io.BufferedReader, position: int) -> Iterator[tuple[_Member | None, int, bool]]:

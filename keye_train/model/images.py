@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from keye_train.model.image_headers import plain_size
 from keye_train.model.media_options import MediaOptions, MediaRequest
 from keye_train.model.positions import PATCH_SIZE, Grid
 from keye_train.sample import MediaInfo, MediaKind, SampleError
@@ -43,7 +44,20 @@ def probe_image(data: bytes) -> MediaInfo:
     Raises:
         SampleError: not a picture in one of ``FORMATS``, or more than ``MAX_PIXELS`` pixels.
     """
-    return MediaInfo(MediaKind.image, *upright_size(open_image(data)))
+    return probe_plain(data) or MediaInfo(MediaKind.image, *upright_size(open_image(data)))
+
+
+def probe_plain(data: bytes) -> MediaInfo | None:
+    """The same for a plain JPEG or PNG, without opening it; None for all others.
+
+    Raises:
+        SampleError: more than ``MAX_PIXELS`` pixels.
+    """
+    size = plain_size(data)
+    if size is None:
+        return None
+    _check_pixels(*size)
+    return MediaInfo(MediaKind.image, *size)
 
 
 def decode_image(
@@ -100,10 +114,13 @@ def open_image(data: bytes) -> Image.Image:
         raise SampleError(f"broken image: none of {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, *_BROKEN) as error:
         raise SampleError(f"broken image: {error}") from error
-    width, height = image.size
+    _check_pixels(*image.size)
+    return image
+
+
+def _check_pixels(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise SampleError(f"image of {width} x {height} pixels is above the limit of {MAX_PIXELS} pixels")
-    return image
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:

@@ -97,6 +97,12 @@ def video(frames: int, step: Callable[[int], int] = int, rate: int = 8, size: tu
     return file.getvalue()
 
 
+def forged(video_file: bytes, box: bytes, offset: int, value: int) -> bytes:
+    """A number of a box of an MP4 overwritten: its table of frames then says what is not there."""
+    place = video_file.index(box) + 4 + offset
+    return video_file[:place] + struct.pack(">I", value) + video_file[place + 4 :]
+
+
 def audio() -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
@@ -161,6 +167,9 @@ def kinds(folder: Path) -> list[Kind]:
         film("long", video(6, lambda number: number * 800)),
         film("nomoov", mp4[: mp4.index(b"moov")], "broken video"),
         film("cutvideo", mp4[: len(mp4) // 3], "broken video"),
+        film("endless", forged(mp4, b"stts", 8, 2**31 - 1), "above"),
+        film("forgedsizes", forged(mp4, b"stsz", 8, 2**31 - 1), "broken video"),
+        film("slow", forged(mp4, b"stts", 12, 2**31 - 1)),
         film("noise", np.random.default_rng(0).bytes(5000), "broken video"),
         film("noframes", video(0), "broken video|without a video"),
         film("audio", audio(), "without a video"),

@@ -6,13 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from nasty_encoder import NastyEncoder
+from nasty_encoder import NastyEncoder, NastyIndexer
 from test_loader import TOY_COST, Sources, assert_same, make_loader, read_all
-from toy_shards import toy_settings
+from toy_shards import chat, clip, toy_settings
+from transformers import PreTrainedTokenizerFast
 
+from data_tools.index_cmd import NO_TENSORS
 from data_tools.shards import sample_key
+from keye_train.data.index import read_columns, tokenizer_fingerprint
+from keye_train.data.limits import DecodeLimits
 from keye_train.data.loader import Loader
 from keye_train.data.plan import Plan
+from keye_train.data.pool import ReaderPool
 from keye_train.settings import SourceSettings, TrainSettings
 
 NASTY = {
@@ -59,6 +64,24 @@ def test_each_kind_of_nasty_sample_is_skipped_and_all_else_stays_as_it_was(
     assert len(reasons) >= 3, "the plan left the nasty samples out"
     for number, (_, reason) in NASTY.items():
         assert reason in reasons.get(sample_key(number), reason)
+
+
+def test_no_video_stops_or_hangs_the_index(
+    tmp_path: Path, make_shard: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, tokenizer_dir: Path
+) -> None:
+    films = [{"0.mp4": data, "json": chat("?", "!", video="0.mp4")} for data in (clip(64, 48, 8), b"SPIN", b"CRASH")]
+    shard = make_shard(tmp_path / "films.tar", [*films, {"txt": b"behind them"}], index=False)
+    indexer = NastyIndexer(tokenizer, tokenizer_fingerprint(tokenizer_dir), None)
+    pool = ReaderPool(indexer, 1, DecodeLimits(1.0, 2**30, "--decode-seconds"), NO_TENSORS)
+    try:
+        assert pool.submit(str(shard)).result().rows == 4
+    finally:
+        pool.close()
+    errors = read_columns(str(shard), ["error"])["error"].to_pylist()
+    assert errors[0] is None
+    assert "--decode-seconds=1" in errors[1]  # of CPU time, or on a busy machine by the clock
+    assert "SIGSEGV" in errors[2]
+    assert errors[3] is None
 
 
 def test_a_fault_of_ours_stops_the_run(tmp_path: Path, make_shard: Callable[..., Path], tokenizer_dir: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from corpus import ToyCorpus
 
 from data_tools.cli import main
+from data_tools.shards import write_shard
 from keye_train import runs
 from keye_train.data.audit import audit_run
 from keye_train.data.plan import AT_THE_END
@@ -25,10 +26,11 @@ BROKEN = "000000005"  # its picture is cut off behind a sound header
 FITTING = ("stage.max_patches=32", "data.overlong=[downscale]")
 
 
-def command(*arguments: str) -> int:
+def command(*arguments: str, name: str = "ledger") -> int | str:
+    """Exit status, or the message of an error."""
     with pytest.raises(SystemExit) as ended:
-        main(["ledger", *arguments])
-    return int(ended.value.code or 0)
+        main([name, *arguments])
+    return ended.value.code or 0
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,31 @@ def test_quarantined_samples_are_left_out_and_can_be_read_apart(
         train(toy_corpus.settings(STAGE, run_dir, "stage.steps=12", *FITTING))
     with pytest.raises(ValueError, match="does not exist; write it with keye-data ledger"):
         train(toy_corpus.settings(STAGE, tmp_path / "other", "data.quarantine=[none.jsonl]"))
+
+
+def test_requeued_samples_are_read_again_after_mending(
+    resumed: Path, toy_corpus: ToyCorpus, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    bad, left, again = (str(tmp_path / name) for name in ("bad.jsonl", "left.jsonl", "again.tar"))
+    assert command(str(resumed), "--quarantine", bad) == 0
+    (entry,) = runs.read_jsonl(Path(bad))
+    samples = [(raw.key, raw.members) for raw in walk_shard(entry["shard"])]
+    mended = str(tmp_path / "mended.tar")
+    whole = next(members for key, members in samples if key != BROKEN and "0.jpg" in members)
+    write_shard(mended, ((key, whole if key == BROKEN else members) for key, members in samples[1:]))
+    Path(bad).write_text("".join(json.dumps({**entry, "shard": mended, "key": k}) + "\n" for k in (BROKEN, "gone")))
+    words = (bad, "--out", again, "--left", left, "--tokenizer", str(toy_corpus.folder / "tokenizer"))
+    assert "has no index; run: keye-data index" in str(command(*words, name="requeue"))
+    assert command(mended, "--tokenizer", words[-1], "--workers", "0", name="index") == 0
+    assert command(*words, name="requeue") == 1  # one is gone
+    assert "1 of 2 samples can be read now, 1 cannot" in capsys.readouterr().out
+    assert [line["key"] for line in runs.read_jsonl(Path(left))] == ["gone"]
+    run_dir = tmp_path / "run"
+    source = f"data.sources.images.shards=[{again}]"
+    assert train(toy_corpus.settings(STAGE, run_dir, "stage.steps=2", source)) == 0
+    audit = audit_run(run_dir)
+    assert audit.problems == []
+    assert next(one for one in audit.sources if one.name == "images").trained > 0
 
 
 def test_a_run_to_the_end_of_filtered_data_is_accounted_for(toy_corpus: ToyCorpus, tmp_path: Path) -> None:
