@@ -14,6 +14,7 @@ from markupsafe import Markup
 from keye_train import runs
 from keye_train.report.charts import Estimate, Series, interval_chart, line_chart, percent, short, smooth
 from keye_train.report.collect import RunRoot, StageRun, clock, read_root
+from keye_train.report.forecasts import forecast_table
 from keye_train.report.gallery import build_gallery, final_model
 from keye_train.report.merge_page import PAGE, write_merge_page
 from keye_train.report.tables import (
@@ -78,6 +79,7 @@ def _context(root: RunRoot) -> dict[str, Any]:
         "merge": merge_section(root),
         "merge_page": PAGE if root.soup else None,
         "stages": stages_table(root) if root.stages else None,
+        "forecasts": forecast_table(root),
         "curves": [_curves(run, opened=position < 2) for position, run in enumerate(root.stages)],
         "gallery": gallery,
         "final": final_model(root.models),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from keye_train import runs
 from keye_train.data.ledger import read_ledger
+from keye_train.report.collect import read_root
 from keye_train.report.difference import compare_runs
+from keye_train.report.forecasts import forecast_table
 from keye_train.settings import SettingsError
 from keye_train.training.trainer import train
 
@@ -113,6 +116,20 @@ class TestOneModelWhateverTheRanks:
             assert one["flops_per_s"] * one["step_s"] == pytest.approx(two["flops_per_s"] * two["step_s"])
             assert one["balance"] == 1
             assert 0.5 < two["balance"] <= 1
+
+    def test_report_holds_the_forecast_against_the_run(self, one_process: Path, two_processes: Path) -> None:
+        for run in (one_process, two_processes):
+            table = forecast_table(read_root(run))
+            assert table is not None
+            cells = dict(zip(table.heads[1:], table.rows[0].cells, strict=True))
+            apart = {name: float(re.findall(r"\(([+-][0-9.]+)%\)", cells[name].note)[0]) for name in list(cells)[:5]}
+            for name in ("samples a step", "tokens a step", "patches a step"):
+                assert abs(apart[name]) < 15, apart  # the plan of the first steps for all
+            assert 0 <= apart["FLOPs a step"] < 100, (
+                apart
+            )  # all text counts as labelled, and most of the toy is its output matrix
+            assert -10 < apart["checkpoint, bytes"] <= 0, apart  # headers of the files
+            assert cells["device memory, bytes"].text == "–"  # no GPU
 
     def test_weights_agree_to_rounding(self, one_process: Path, two_processes: Path) -> None:
         ours, reference = weights(two_processes), weights(one_process)
