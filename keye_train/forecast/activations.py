@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from keye_train.model import KeyeForConditionalGeneration, keye_config
-from keye_train.model.dual_encoder import DualEncoder
 from keye_train.model.packed import ContrastiveInputs, PackedInputs, VisionInputs
 from keye_train.settings import ActivationCheckpointing, Objective, Precision, TrainSettings
-from keye_train.training.build import freeze
+from keye_train.training.build import meta_model
 
 PROBES = ((512, 256, 128), (1024, 256, 128), (512, 512, 128), (512, 256, 256))
 """(T, P, K) of the forwards that are run."""
@@ -90,7 +88,7 @@ class Activations:
 def trace(settings: TrainSettings) -> Activations:
     """Count what the forward of a stage keeps, in the precision of the recipe."""
     contrastive = settings.stage.objective == Objective.contrastive
-    model = _meta_model(_shallow(settings), contrastive)
+    model = _working_model(_shallow(settings))
     probes = _pair_probes(settings) if contrastive else [(PackShape(*sizes), _packed(*sizes)) for sizes in PROBES]
     counted = [_kept_by_layer(model, inputs, contrastive) for _, inputs in probes]
     # Stage 0 has no labelled tokens of its own: their column is left out.
@@ -134,19 +132,14 @@ def _kind(layer: str, contrastive: bool) -> str:
     return "decoder" if "decoder" in layer else "text"
 
 
-def _meta_model(settings: TrainSettings, contrastive: bool) -> nn.Module:
-    with torch.device("meta"):
-        config = keye_config(settings.model)
-        model: nn.Module
-        if contrastive:
-            decoder = settings.model.caption_decoder if settings.stage.caption_weight else None
-            model = DualEncoder(config, settings.model.text_tower, decoder)
-        else:
-            model = KeyeForConditionalGeneration(config)
-        # Under autocast products run in bf16 too; what the norms keep in float32 there is not told apart.
-        if settings.deepspeed.precision != Precision.fp32:
-            model = nn.Module.to(model, torch.bfloat16)
-    freeze(model, settings.stage)
+def _working_model(settings: TrainSettings) -> nn.Module:
+    """On the meta device, in the precision of the recipe.
+
+    Under autocast products run in bf16 too; what the norms keep in float32 there is not told apart.
+    """
+    model = meta_model(settings)
+    if settings.deepspeed.precision != Precision.fp32:
+        model = nn.Module.to(model, torch.bfloat16)
     return model.train()
 
 

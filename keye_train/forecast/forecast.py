@@ -6,19 +6,15 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 
-import torch
-from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from keye_train.forecast.activations import Activations, trace
 from keye_train.forecast.memory import GB, DeviceMemory, HostMemory, ParameterCounts, device_memory, host_memory
 from keye_train.forecast.speed import StepTime, step_time
 from keye_train.forecast.workload import Workload, workload
-from keye_train.model import KeyeForConditionalGeneration, keye_config
-from keye_train.model.dual_encoder import DualEncoder
-from keye_train.settings import ActivationCheckpointing, Objective, Precision, SettingsError, TrainSettings
+from keye_train.settings import ActivationCheckpointing, Precision, SettingsError, TrainSettings
 from keye_train.settings.cluster import ClusterSettings, ForecastSettings
-from keye_train.training.build import freeze
+from keye_train.training.build import meta_model
 
 CHECKPOINT_BYTES = 12
 """Of each parameter that learns: weight and two moments in float32."""
@@ -59,7 +55,7 @@ class Change:
 
 
 def forecast(settings: ForecastSettings) -> Forecast:
-    """Forecast a run on its cluster.
+    """Forecast a run on its cluster; see :class:`Forecast`.
 
     Raises:
         SettingsError, ValueError: recipe and data do not fit each other.
@@ -127,7 +123,6 @@ def remedies(settings: ForecastSettings) -> list[Change]:
 def _candidates(settings: ForecastSettings) -> Iterator[tuple[str, ForecastSettings]]:
     """Single changes and the usual pairs of them, in the order of what they cost in speed."""
     full = ActivationCheckpointing.full
-    sharded = settings.deepspeed.precision == Precision.bf16
     for checkpointing in (ActivationCheckpointing.selective, full):
         if settings.stage.activation_checkpointing not in (checkpointing, full):
             changed = deepcopy(settings)
@@ -139,8 +134,10 @@ def _candidates(settings: ForecastSettings) -> Iterator[tuple[str, ForecastSetti
                 continue
             changed = deepcopy(settings)
             changed.deepspeed.zero_stage = zero
-            changed.deepspeed.precision = Precision.bf16 if not sharded else settings.deepspeed.precision
-            words = f"deepspeed=zero{zero}"
+            words = f"deepspeed.zero_stage={zero}"
+            if settings.deepspeed.precision == Precision.bf16_autocast:  # ZeRO keeps masters: no need of it
+                changed.deepspeed.precision = Precision.bf16
+                words += " deepspeed.precision=bf16"
             if recompute:
                 changed.stage.activation_checkpointing = full
                 words += f" stage.activation_checkpointing={full.value}"
@@ -155,6 +152,9 @@ def _candidates(settings: ForecastSettings) -> Iterator[tuple[str, ForecastSetti
         changed.stage.max_patches //= divisor
         yield f"stage.max_tokens={changed.stage.max_tokens} stage.max_patches={changed.stage.max_patches}", changed
     changed = deepcopy(settings)
+    changed.checkpoint.background = False
+    yield "checkpoint.background=false", changed
+    changed = deepcopy(settings)
     changed.deepspeed.zero_stage = 3
     changed.deepspeed.precision = Precision.bf16
     changed.deepspeed.offload_optimizer = changed.deepspeed.offload_parameters = True
@@ -164,15 +164,7 @@ def _candidates(settings: ForecastSettings) -> Iterator[tuple[str, ForecastSetti
 
 def parameter_counts(settings: TrainSettings) -> ParameterCounts:
     """Count the model on the meta device."""
-    with torch.device("meta"):
-        config = keye_config(settings.model)
-        model: nn.Module
-        if settings.stage.objective == Objective.contrastive:
-            decoder = settings.model.caption_decoder if settings.stage.caption_weight else None
-            model = DualEncoder(config, settings.model.text_tower, decoder)
-        else:
-            model = KeyeForConditionalGeneration(config)
-    freeze(model, settings.stage)
+    model = meta_model(settings)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
     sizes += [parameter.numel() for parameter in model.parameters()]

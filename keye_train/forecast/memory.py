@@ -60,11 +60,12 @@ class HostMemory:
 
     start: float  # the model in float32, once for each rank, before it is partitioned
     offloaded: float  # weights and optimizer that live there during training
+    checkpoint: float  # the copy that is written while training goes on
 
     @property
     def total(self) -> float:
-        """The larger of both: the start is over when training begins."""
-        return max(self.start, self.offloaded)
+        """Of start and training the larger: the start is over when training begins."""
+        return max(self.start, self.offloaded + self.checkpoint)
 
 
 def device_memory(
@@ -115,12 +116,13 @@ def host_memory(settings: TrainSettings, counts: ParameterCounts, ranks: int, ra
     ds = settings.deepspeed
     width = 2 if ds.precision == Precision.bf16 else 4
     of_rank = 0.0
+    average = 4 if settings.stage.optimizer.ema_decay else 0
     if ds.offload_optimizer:  # masters, moments, gradients
-        average = 4 if settings.stage.optimizer.ema_decay else 0
         of_rank += (4 + 8 + 4 + average) * counts.learning / ranks
     if ds.offload_parameters:
         of_rank += width * counts.total / ranks
-    return HostMemory(4.0 * counts.total * ranks_per_node, of_rank * ranks_per_node)
+    copied = (12 + average) * counts.learning / ranks if settings.checkpoint.background else 0.0
+    return HostMemory(4.0 * counts.total * ranks_per_node, of_rank * ranks_per_node, copied * ranks_per_node)
 
 
 def loss_workspace(settings: TrainSettings, pack: PackShape, width: int) -> float:

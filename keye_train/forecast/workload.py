@@ -105,7 +105,7 @@ def assumed(settings: TrainSettings, why: str) -> Workload:
 def _room_for_patches(settings: TrainSettings) -> int:
     """Patches whose tokens fit into a pack; Stage 0 has no such bound."""
     stage = settings.stage
-    return stage.max_patches if stage.objective == Objective.contrastive else 4 * stage.max_tokens // 4 * 4
+    return stage.max_patches if stage.objective == Objective.contrastive else 4 * stage.max_tokens
 
 
 def _labelled(settings: TrainSettings, tokens: int, patches: int) -> int:

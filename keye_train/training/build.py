@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -122,16 +121,9 @@ def freeze(model: nn.Module, stage: StageSettings) -> None:
             parameter.requires_grad_(True)
 
 
-def trainable_parameter_counts(settings: TrainSettings, meta: bool = True) -> dict[str, dict[str, int]]:
-    """Parameters that a stage trains and freezes, by module; ``other``: what no objective of the stage reaches.
-
-    Args:
-        meta: build without memory or weights, so that any model can be counted anywhere.
-
-    Returns:
-        ``{"trainable": {module: count}, "frozen": {module: count}}``.
-    """
-    with torch.device("meta") if meta else nullcontext():
+def meta_model(settings: TrainSettings) -> nn.Module:
+    """The model of a stage, frozen as the stage has it, without weights: any model can be counted anywhere."""
+    with torch.device("meta"):
         config = keye_config(settings.model)
         model: nn.Module
         if settings.stage.objective == Objective.contrastive:
@@ -140,11 +132,17 @@ def trainable_parameter_counts(settings: TrainSettings, meta: bool = True) -> di
         else:
             model = KeyeForConditionalGeneration(config)
     freeze(model, settings.stage)
-    return count_parameters(model)
+    return model
 
 
 def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
-    """See :func:`trainable_parameter_counts`. Before the engine partitions the model: shapes are gone afterwards."""
+    """Parameters that a stage trains and freezes, by module; ``other``: what no objective of the stage reaches.
+
+    Before the engine partitions the model: shapes are gone afterwards.
+
+    Returns:
+        ``{"trainable": {module: count}, "frozen": {module: count}}``.
+    """
     counts: dict[str, dict[str, int]] = {"trainable": {}, "frozen": {}}
     listed = set()
     for module, parameters in module_parameters(model).items():

@@ -34,7 +34,7 @@ def settings(*overrides: str) -> ForecastSettings:
 @pytest.mark.parametrize("stage", ["2_multitask", "1_align"])
 def test_layers_and_packs_of_any_size_follow_from_four_small_forwards(stage: str) -> None:
     recipe = settings(f"stage={stage}", "deepspeed=cpu")
-    model = counting._meta_model(recipe, contrastive=False)
+    model = counting._working_model(recipe)
     pack = PackShape(896, 640, 300)
     whole = counting._kept_by_layer(model, counting._packed(896, 640, 300), contrastive=False)
     expected = sum(size for name, size in whole.items() if not name.startswith("#"))
@@ -85,6 +85,14 @@ def test_what_does_not_fit_is_refused_and_what_is_offered_fits(capsys: pytest.Ca
         main(words)
     assert left.value.code == 3
     assert "would fit:" in capsys.readouterr().out
+
+
+def test_a_copy_for_the_checkpoint_counts_on_the_host() -> None:
+    recipe = settings("stage=2_multitask", "cluster.host_memory_gb=0.5")
+    counts = forecast(recipe).counts
+    assert forecast(recipe).host.checkpoint == 12 * counts.learning
+    assert problems(forecast(recipe), recipe.cluster)
+    assert "checkpoint.background=false" in [change.overrides for change in remedies(recipe)]
 
 
 def test_zero_stages_and_ranks_share_the_state_as_they_should() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from keye_train import compose, runs
 from keye_train.settings import TrainSettings
-from keye_train.training.build import trainable_parameter_counts
+from keye_train.training.build import count_parameters, meta_model
 from keye_train.training.trainer import train
 
 
@@ -156,6 +156,6 @@ class TestUnfitParents:
 def test_stages_of_the_8b_model_train_the_right_parameters(stage: str, trainable: dict[str, int]) -> None:
     names = ["model.tokenizer=t", "model.start.siglip=s", "model.start.qwen3=q", f"stage={stage}"]
     recipe = compose.load_settings(TrainSettings, "train", [*names, "model=keye_8b", "data=keye_example"])
-    counts = trainable_parameter_counts(recipe, meta=True)
+    counts = count_parameters(meta_model(recipe))
     assert counts["trainable"] == trainable
     assert sum(sum(modules.values()) for modules in counts.values()) == 8_696_828_736
