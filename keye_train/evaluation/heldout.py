@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from keye_train.data.heldout import Skipped, read_drawn
 from keye_train.evaluation.scoring import Target
@@ -63,10 +64,31 @@ def read_tasks(data: DataSettings, samples_per_task: int, seed: int, behind: int
 
 
 def fingerprint(samples: Iterable[Sample]) -> str:
-    """SHA-256 of what the samples are: media, conversations and expectations, not where they lie."""
+    """SHA-256 of what is asked: keys (results name their samples by them), media, conversations and expectations."""
     digest = hashlib.sha256()
     for sample in samples:
         content = sorted(sample.meta.items(), key=lambda item: item[0])
         media = [(name, hashlib.sha256(value).hexdigest()) for name, value in sorted(sample.media.items())]
         digest.update(repr((sample.ref.key, sample.task, sample.messages, content, media)).encode())
     return digest.hexdigest()
+
+
+def content_sha256(question: Question) -> str:
+    """SHA-256 of what a model is shown and what is expected of it: equal for a sample that stands twice.
+
+    Its key, the names of its media and whatever else its JSON holds do not count.
+    """
+    sample = question.sample
+    media = {name: hashlib.sha256(value).hexdigest() for name, value in sample.media.items()}
+    return hashlib.sha256(repr((_without_names(sample.messages, media), question.target)).encode()).hexdigest()
+
+
+def _without_names(part: Any, media: Mapping[str, str]) -> Any:
+    """Part of a conversation with the hashes of the media in place of their names, and keys in one order."""
+    if isinstance(part, dict):
+        named = part.get("type")
+        return sorted(
+            (key, media.get(value, value) if key == named and isinstance(value, str) else _without_names(value, media))
+            for key, value in part.items()
+        )
+    return [_without_names(one, media) for one in part] if isinstance(part, list) else part

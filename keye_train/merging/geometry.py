@@ -133,14 +133,15 @@ def stock_ratio(products: Matrix) -> float:
     Jang et al. 2024, "Model stock: all we need is just a few fine-tuned models", the ratio for N models:
     t = K cos / (1 + (K - 1) cos), with the mean cosine between the K deltas to the base. Deltas at right angles hold
     noise alone (t = 0: the base), equal ones nothing but signal (t = 1: the mean). A negative cosine counts as 0, and
-    a delta of zeros has none with any other; where all are zero the mean is the base anyway.
+    a delta of zeros has none with any other; where all are zero the mean is the base anyway. One model has no other to
+    agree with, and the paper's ratio starts at two: t = 1, the model itself.
 
     Args:
         products: inner products of the deltas.
     """
     count = len(products)
     norms = [math.sqrt(products[i][i]) for i in range(count)]
-    if not any(norms):
+    if count == 1 or not any(norms):
         return 1.0
     cosines = [
         products[i][j] / (norms[i] * norms[j]) if norms[i] and norms[j] else 0.0 for i in range(count) for j in range(i)

@@ -29,7 +29,7 @@ from keye_train.merging.sources import last_checkpoints, open_model
 from keye_train.merging.streaming import PlannedTensor, plan_shards, sha256_of, write_index
 from keye_train.merging.weights import merge_weights
 from keye_train.runs import MANIFEST, commit, read_json, versions, write_json_atomic
-from keye_train.settings import MergeSettings, SettingsError
+from keye_train.settings import MergeMethod, MergeSettings, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -173,11 +173,14 @@ def _manifest(
     hashes: Sequence[dict[str, Future[dict[str, Any]]]],
     accounts: Accounts,
 ) -> dict[str, Any]:
-    shares = model_weights(settings)
+    given = model_weights(settings)
+    shares: list[float | None]
     if settings.base is None:
-        shares = [share / sum(shares) for share in shares]
+        shares = [weight / sum(given) for weight in given]
     else:
-        shares.append(1 - sum(shares))  # what is left for the base in base + sum_i w_i * (model_i - base)
+        # What is left for the base in base + sum_i w_i * (model_i - base); elsewhere it differs from value to value.
+        left = 1 - sum(given) if settings.method == MergeMethod.task_arithmetic else None
+        shares = [*given, left]
     planned = [share.planned for share in accounts.shares.values()]
     parents = [
         {

@@ -219,6 +219,8 @@ class ShardFile:
         try:
             if kind is None:
                 assert self._hashed == self._size, "values and header disagree"
+                if self._flush is not None:
+                    self._flush.result()  # an error of the disk is told once: fsync would not repeat it
                 os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -43,35 +43,38 @@ def call(part: str, command: Sequence[str]) -> None:
         PartFailed: it ended with an error, or a signal stopped it.
     """
     log.info("%s: %s", part, " ".join(command))
-    process = _start(command, None)
-    with _passing_on(lambda: [process]) as stopped:
-        code = process.wait()
-    _check(part, code, stopped)
+    with _passing_on() as signals:
+        code = signals.start(command, None).wait()
+    _check(part, code, signals.stopped)
 
 
 def call_all(commands: Mapping[str, Sequence[str]], at_once: int, logs: Path) -> dict[str, float]:
     """Run commands, ``at_once`` at the same time, each with its output appended to ``logs / NAME.log``.
 
-    Where one fails, those that run are waited for, since their work is kept, and no further one is started.
+    Where one fails, or cannot be started, those that run are waited for, since their work is kept, and no further one
+    is started.
 
     Returns:
         Seconds that each took.
 
     Raises:
         PartFailed: one ended with an error, or a signal stopped them all.
+        OSError: one could not be started: no such program, or no place for its log.
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting = list(commands)
     running: dict[str, tuple[subprocess.Popen[bytes], IO[bytes], float]] = {}
     seconds: dict[str, float] = {}
     failed: tuple[str, int] | None = None
-    with _passing_on(lambda: [process for process, _, _ in running.values()]) as stopped:
-        while running or (waiting and not failed and not stopped):
-            while waiting and len(running) < at_once and not failed and not stopped:
+    unstarted: OSError | None = None
+    with _passing_on() as signals:
+        while running or (waiting and not failed and not signals.stopped):
+            while waiting and len(running) < at_once and not failed and not signals.stopped:
                 name = waiting.pop(0)
-                output: IO[bytes] = (logs / f"{name}.log").open("ab")
-                log.info("%s: %s > %s", name, " ".join(commands[name]), output.name)
-                running[name] = (_start(commands[name], output), output, time.monotonic())
+                try:
+                    running[name] = _begin(signals, name, commands[name], logs)
+                except OSError as error:
+                    unstarted, waiting = error, []
             for name, (process, written, began) in list(running.items()):
                 code = process.poll()
                 if code is None:
@@ -84,9 +87,23 @@ def call_all(commands: Mapping[str, Sequence[str]], at_once: int, logs: Path) ->
                     failed = (name, code)
             if running:
                 time.sleep(_POLL_S)
+    if unstarted is not None and not signals.stopped:
+        raise unstarted
     name, code = failed or (", ".join(commands), 0)
-    _check(name, code, stopped, str(logs / f"{name}.log"))
+    _check(name, code, signals.stopped, str(logs / f"{name}.log"))
     return seconds
+
+
+def _begin(
+    signals: _Signals, name: str, command: Sequence[str], logs: Path
+) -> tuple[subprocess.Popen[bytes], IO[bytes], float]:
+    output: IO[bytes] = (logs / f"{name}.log").open("ab")
+    log.info("%s: %s > %s", name, " ".join(command), output.name)
+    try:
+        return signals.start(command, output), output, time.monotonic()
+    except OSError:
+        output.close()
+        raise
 
 
 def _start(command: Sequence[str], output: IO[bytes] | None) -> subprocess.Popen[bytes]:
@@ -96,20 +113,55 @@ def _start(command: Sequence[str], output: IO[bytes] | None) -> subprocess.Popen
     return subprocess.Popen(command, env={**os.environ, "PATH": path}, stdout=output, stderr=stderr)
 
 
+class _Signals:
+    """Processes that are told of SIGTERM, whenever it comes: while they run, or while they are being started."""
+
+    def __init__(self) -> None:
+        self.stopped: list[int] = []
+        """Signals that came, in order."""
+        self._told: list[subprocess.Popen[bytes]] = []
+        self._starting = False
+        self._late = 0  # SIGTERMs that came while a process was being started
+
+    def start(self, command: Sequence[str], output: IO[bytes] | None) -> subprocess.Popen[bytes]:
+        """Start a process and pass SIGTERM on to it from its first moment.
+
+        Raises:
+            OSError: there is no such program.
+        """
+        self._starting = True
+        try:
+            process = _start(command, output)
+            self._told.append(process)
+        finally:
+            self._starting = False
+            while self._late:
+                self._late -= 1
+                self._terminate()
+        return process
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """As a handler of ``signal.signal``."""
+        self.stopped.append(number)
+        if number != signal.SIGTERM:  # Ctrl-C has reached the whole process group already
+            return
+        if self._starting:
+            self._late += 1
+        else:
+            self._terminate()
+
+    def _terminate(self) -> None:
+        for process in self._told:
+            process.terminate()  # does nothing to one that has ended
+
+
 @contextmanager
-def _passing_on(processes: Callable[[], Sequence[subprocess.Popen[bytes]]]) -> Iterator[list[int]]:
-    """While it lasts, SIGINT and SIGTERM are noted in the list it gives, and SIGTERM is passed on."""
-    stopped: list[int] = []
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        stopped.append(number)
-        if number == signal.SIGTERM:  # Ctrl-C has reached the whole process group already
-            for process in processes():
-                process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+def _passing_on() -> Iterator[_Signals]:
+    """While it lasts, SIGINT and SIGTERM are noted, and SIGTERM is passed on to what it started."""
+    signals = _Signals()
+    before = {number: signal.signal(number, signals.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stopped
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -131,7 +131,8 @@ class SoupSettings(SearchSettings, ScoringSettings):
     """Run folders or exports to mix."""
     data: DataSettings
     out: str
-    """Folder of the results and of the cache; an accepted soup is written below it as greedy/ and weights/."""
+    """Folder of the results and of the cache; an accepted soup is written below it as soup_greedy/ and
+    soup_weights/."""
 
     def check(self) -> None:
         """Raise SettingsError for values that cannot work together."""

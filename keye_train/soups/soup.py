@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from keye_train.evaluation.candidates import Values
-from keye_train.evaluation.heldout import Heldout, fingerprint, read_tasks
+from keye_train.evaluation.heldout import Heldout, content_sha256, read_tasks
 from keye_train.merging import merge
 from keye_train.runs import MANIFEST, commit, read_json, versions, write_json_atomic
 from keye_train.settings import (
@@ -114,9 +114,9 @@ def split(settings: SoupSettings) -> tuple[dict[str, Heldout], dict[str, Heldout
             f"{error}: samples_per_task={settings.samples_per_task} leaves nothing to select by; lower it"
         ) from error
     for task, heldout in selecting.items():
-        taken = {fingerprint([question.sample]) for question in confirming[task].questions}
+        taken = {content_sha256(question) for question in confirming[task].questions}
         own = len(heldout.questions)
-        heldout.questions = [one for one in heldout.questions if fingerprint([one.sample]) not in taken]
+        heldout.questions = [one for one in heldout.questions if content_sha256(one) not in taken]
         if len(heldout.questions) < own:
             logger.warning("%s: %d selection samples also confirm; left out", task, own - len(heldout.questions))
         if not heldout.questions:

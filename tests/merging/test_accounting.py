@@ -14,6 +14,7 @@ from torch import Tensor
 from keye_train.merging import MergeError, merge
 from keye_train.merging.sources import last_checkpoints
 from keye_train.settings import MergeMethod, MergeSettings, SettingsError
+from keye_train.settings.merge_methods import METHODS
 
 Export = Callable[..., Path]
 ONE, TWO = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])
@@ -48,6 +49,40 @@ def test_a_difference_is_refused_and_its_rule_holds_where_it_is_allowed(
     assert kind == "integers" or any(kind in text for text in manifest["allowed"])  # type: ignore[attr-defined]
     if kind == "dtype":
         assert merged["w"].dtype == torch.promote_types(torch.bfloat16, torch.float16)
+
+
+SETTINGS: dict[MergeMethod, dict[str, object]] = {
+    MergeMethod.ema: {"decay": 0.5},
+    MergeMethod.dare_linear: {"density": 0.5},
+    MergeMethod.dare_ties: {"density": 0.5},
+}
+
+
+@pytest.mark.parametrize("method", MergeMethod)
+def test_a_tensor_that_one_model_and_the_base_have(export: Export, tmp_path: Path, method: MergeMethod) -> None:
+    """Where deltas are neither scaled nor drawn, it is that model's."""
+    for number, tensors in enumerate([{"w": ONE, "v": TWO}, {"w": TWO}]):
+        export(f"step-{number}", tensors)
+    needs = METHODS[method].needs
+    values = dict(SETTINGS.get(method, {}), method=method, allow=["missing"])
+    if METHODS[method].weights != "none":
+        values["weights"] = [1.0, 1.0]
+    if "base" in needs:
+        values["base"] = str(export("base", {"w": torch.zeros(2), "v": torch.zeros(2)}))
+    if method == MergeMethod.ties:
+        values["density"] = 1.0
+    models = [tmp_path / "step-0", tmp_path / "step-1"]
+    if "last" in needs:
+        (tmp_path / "run").mkdir()
+        models = [model.rename(tmp_path / "run" / model.name) for model in models]
+        models, values["last"] = [tmp_path / "run"], 2
+    merged, manifest = run(models, tmp_path / "out", **values)
+    if "dare" in method.value:
+        assert all(value in (0.0, 2 * whole) for value, whole in zip(merged["v"].tolist(), TWO.tolist(), strict=True))
+    else:
+        assert merged["v"].tolist() == TWO.tolist()
+    if "base" in needs:
+        assert manifest["weights"][-1] == (-1.0 if method == MergeMethod.task_arithmetic else None)  # type: ignore[index]
 
 
 def test_a_tensor_that_the_base_lacks_is_the_first_models(export: Export, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,9 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from keye_train.merging import merge
+from keye_train.merging import merge, streaming
 from keye_train.merging import output as output_module
 from keye_train.merging.output import DiskFull
+from keye_train.merging.streaming import PlannedTensor, ShardFile
 from keye_train.merging.verify import verify
 from keye_train.settings import MergeMethod, MergeSettings, SettingsError
 
@@ -66,6 +68,22 @@ def test_bits_do_not_depend_on_threads(export: Export, tmp_path: Path, values: d
         for n in (1, 2, 7)
     ]
     assert results[0] == results[1] == results[2]
+
+
+def test_an_error_of_the_disk_between_flushes_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.EIO, "the disk is dying")
+
+    monkeypatch.setattr(streaming, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(streaming.os, "fdatasync", failing)
+
+    def written() -> None:
+        with ShardFile(tmp_path / "x", [PlannedTensor("w", torch.float32, (8,))]) as shard:
+            shard.write("w", 0, torch.ones(8))
+            shard.hash(torch.ones(8))
+
+    with pytest.raises(OSError, match="the disk is dying"):
+        written()
 
 
 def test_killed_and_resumed(export: Export, tmp_path: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from keye_train import compose
-from keye_train.pipeline import branches, plan, stage_settings
+from keye_train.pipeline import branches, jobs, plan, stage_settings
 from keye_train.pipeline.jobs import PartFailed, call_all, launched
 from keye_train.settings import DrawnMixturesSettings, PipelineSettings, SettingsError
 
@@ -124,3 +128,33 @@ def test_jobs_run_n_at_a_time_and_one_that_fails_is_named(tmp_path: Path) -> Non
     (tmp_path / "b").unlink()
     with pytest.raises(PartFailed, match=r"second ended with exit code 3 .*second\.log"):
         call_all(commands("3"), 2, tmp_path / "logs")
+
+
+def test_a_sigterm_while_a_job_is_being_started_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = jobs._start
+    started: list[subprocess.Popen[bytes]] = []
+
+    def slow_start(*arguments: Any) -> subprocess.Popen[bytes]:
+        process = start(*arguments)
+        started.append(process)
+        os.kill(os.getpid(), signal.SIGTERM)  # the process is there, and nobody has noted it yet
+        return process
+
+    monkeypatch.setattr(jobs, "_start", slow_start)
+    waits = [sys.executable, "-c", "import signal; signal.alarm(30); signal.pause()"]
+    with pytest.raises(PartFailed) as caught:
+        call_all({"first": waits, "second": waits}, 2, tmp_path)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert not (tmp_path / "second.log").exists()
+    with pytest.raises(PartFailed):
+        jobs.call("alone", waits)
+    assert [process.returncode for process in started] == [-signal.SIGTERM] * 2  # and not that of their own alarm
+
+
+def test_a_job_that_cannot_be_started_leaves_no_other_behind(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    works = [sys.executable, "-c", f"import pathlib; pathlib.Path({str(done)!r}).touch()"]
+    with pytest.raises(FileNotFoundError, match="no-such-program"):
+        call_all({"first": works, "second": ["no-such-program"], "third": works}, 2, tmp_path)
+    assert done.exists()
+    assert not (tmp_path / "third.log").exists()

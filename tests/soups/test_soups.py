@@ -133,6 +133,22 @@ def test_selection_and_confirmation_share_no_sample(world: Any, tmp_path: Path) 
         split(soup(world, tmp_path, samples_per_task=12))
 
 
+def test_a_confirmation_sample_is_known_under_another_key_and_other_names(world: Any, tmp_path: Path) -> None:
+    data, exports = world
+    picture = png((10, 20, 30))
+    again = question("Which colour?", "dark", picture, id="copied")
+    record = again["json"].replace(b'"0.png"', b'"again.png"')
+    twin = {"json": record, "again.png": picture}
+    shard = write_shard(tmp_path / "x.tar", [question("Which colour?", "dark", picture), twin], exports[0])
+    twice = replace(data, heldout={"x": SourceSettings([str(shard)])})
+    with pytest.raises(SettingsError, match="every selection sample also confirms"):
+        split(soup((twice, exports), tmp_path, samples_per_task=1, selection_per_task=1))
+    other = write_shard(tmp_path / "y.tar", [again, question("Which colour?", "dark", png((10, 20, 31)))], exports[0])
+    differ = replace(data, heldout={"x": SourceSettings([str(other)])})
+    _, selecting = split(soup((differ, exports), tmp_path, samples_per_task=1, selection_per_task=1))
+    assert len(selecting["x"].questions) == 1
+
+
 def test_the_result_says_what_was_found_and_accepts_only_what_is_better(searched: Any) -> None:
     out, result = searched
     names = [row["name"] for row in result["rows"]]
