@@ -35,10 +35,18 @@ from keye_train.data.blocks import BlockShuffle
 from keye_train.data.corpus import Corpus
 from keye_train.data.cost import language_cost
 from keye_train.data.draw import DrawRules
-from keye_train.data.index import INDEX_VERSION, ROW_GROUP, SCHEMA, index_path, tokenizer_fingerprint
+from keye_train.data.index import (
+    INDEX_VERSION,
+    ROW_GROUP,
+    SCHEMA,
+    ShardHeader,
+    add_sizes,
+    index_path,
+    tokenizer_fingerprint,
+)
 from keye_train.data.mixture import mixed
 from keye_train.data.packing import Budget
-from keye_train.data.paths import offsets_path
+from keye_train.data.paths import offsets_path, sizes_file
 from keye_train.data.plan import Plan, PlanState
 from keye_train.model.configuration import KeyeConfig
 from keye_train.model.flops import FlopCoefficients
@@ -82,9 +90,10 @@ def write_index(folder: Path) -> None:
         metadata["layout"] = ""
         table = pa.Table.from_pydict(columns, schema=SCHEMA.with_metadata(metadata))
         pq.write_table(table, index_path(first), compression="zstd", row_group_size=ROW_GROUP)
+        add_sizes(ShardHeader(str(first), SHARD_ROWS, 10240, name, metadata["tokenizer"]))
         for shard in range(1, round(SHARDS * share)):
             link = folder / name / f"{shard:05d}.tar"
-            for path_of in (Path, offsets_path, index_path):
+            for path_of in (Path, offsets_path, index_path, sizes_file):
                 os.link(path_of(first), path_of(link))
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from data_tools.storage_options import add_storage_arguments, storage_from
 from keye_train.data.index import (
     ShardHeader,
+    add_sizes,
     build_index,
     file_sha256,
     find_shards,
@@ -35,13 +36,15 @@ LIMITS = DecodeLimits(60.0, 4 * 2**30, "--decode-seconds", "--decode-bytes")
 """Of one sample: a header takes milliseconds."""
 
 DESCRIPTION = """\
-Write the index of each shard: SHARD.tar.index.parquet (key, byte range, text tokens, media sizes, task) and
-SHARD.tar.idx (offsets), beside the shard or under --index-dir. Media are not decoded; sizes come from their headers.
+Write the index of each shard: SHARD.tar.index.parquet (key, byte range, text tokens, media sizes, task),
+SHARD.tar.sizes (what plans need of it, for quick starts) and SHARD.tar.idx (offsets), beside the shard or under
+--index-dir. Media are not decoded; sizes come from their headers.
 The index belongs to one shard and one tokenizer: after a change of either, index again.
 
 Shards whose index fits are skipped, so an interrupted command can simply be run again: an index that is newer than its
 shard and has its size is taken as fitting, any other one is compared with the checksum of the shard (--force indexes
-again). Samples that cannot be read get a row with the reason; training leaves them out and names them in its ledger.
+again). An index of an earlier version that fits gets its file of sizes from its parquet file.
+ Samples that cannot be read get a row with the reason; training leaves them out and names them in its ledger.
 
 Where more than a plain header has to be read, a sample is held to --decode-seconds and --decode-bytes; one that takes
 more, or that crashes its decoder, is such a sample.
@@ -117,21 +120,33 @@ def run(arguments: argparse.Namespace) -> int:
 def is_fresh(shard: str, tokenizer: Path, fingerprint: str, storage: StorageSettings | None = None) -> bool:
     """Whether a shard has an index that fits the tokenizer, and its size and time of change or else its checksum.
 
+    One that fits and has no ``SHARD.tar.sizes`` gets it here.
+
     Raises:
         StorageError: a remote shard or index cannot be reached.
     """
-    try:
-        header = open_header(shard, tokenizer, fingerprint, storage)
-    except StorageError:
-        raise
-    except ValueError:
+    header = _header(shard, tokenizer, fingerprint, storage)
+    if header is None:
         return False
     files = Storage(storage)
     changed, indexed = files.modified(shard), files.modified(index_file(shard, storage))
-    if changed is not None and indexed is not None and changed < indexed:
-        return True
-    with files.local_copy(shard) as local:
-        return header.sha256 == file_sha256(local)
+    fresh = changed is not None and indexed is not None and changed < indexed
+    if not fresh:
+        with files.local_copy(shard) as local:
+            fresh = header.sha256 == file_sha256(local)
+    if fresh and not header.has_sizes:
+        add_sizes(header, storage)
+    return fresh
+
+
+def _header(shard: str, tokenizer: Path, fingerprint: str, storage: StorageSettings | None) -> ShardHeader | None:
+    """What an index says that fits the tokenizer and the size of its shard."""
+    try:
+        return open_header(shard, tokenizer, fingerprint, storage)
+    except StorageError:
+        raise
+    except ValueError:
+        return None
 
 
 def index_shards(

@@ -13,7 +13,7 @@ from webdataset import TarWriter
 
 from keye_train.data.formats import REFUSED_SUFFIXES, split_member_name
 from keye_train.data.index import index_path
-from keye_train.data.reader import offsets_path
+from keye_train.data.paths import offsets_path, sizes_file
 
 KEY_DIGITS = 9
 
@@ -58,7 +58,7 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, byte
                     tar.write({"__key__": key, **members})
             file.flush()
             os.fsync(file.fileno())
-        for stale in (index_path(path), offsets_path(path)):
+        for stale in (index_path(path), offsets_path(path), Path(sizes_file(path))):
             stale.unlink(missing_ok=True)
         aside.replace(path)
     finally:

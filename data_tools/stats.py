@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from data_tools.storage_options import add_storage_arguments, storage_from
 from keye_train.data.corpus import Sizes, measure
+from keye_train.data.facts import Facts
 from keye_train.data.index import find_shards, has_index, read_columns
 from keye_train.settings import ResolutionSettings, StorageSettings
 
@@ -95,7 +96,7 @@ def summarise(shards: list[str], resolution: ResolutionSettings, storage: Storag
         if not has_index(shard, storage):
             raise ValueError(f"the shard {shard} has no index; run: keye-data index {shard} --tokenizer DIR")
         table = read_columns(shard, ["text_tokens", "media", "task", "error"], storage)
-        sizes, wrong = measure(table, resolution)
+        sizes, wrong = measure(Facts.of(table), resolution)
         parts.append(sizes)
         names = table["task"].to_pylist()
         tasks += ["(unreadable)" if row in wrong else name for row, name in enumerate(names)]

@@ -7,6 +7,7 @@ that a window touches stay in memory; see ``columns``. Keys and byte ranges stay
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,10 +22,19 @@ from keye_train.data.headers import kept_headers
 from keye_train.data.index import ShardHeader, find_shards, read_key, tokenizer_fingerprint
 from keye_train.data.measure import Sizes, measure
 from keye_train.data.overlong import Fitting
+from keye_train.data.paths import index_file
+from keye_train.data.storage import is_url
 from keye_train.sample import Fit, SampleRef
 from keye_train.settings import ResolutionSettings, SourceSettings, StorageSettings
 
 __all__ = ["Corpus", "Looked", "ShardSource", "Sizes", "Source", "measure"]
+
+log = logging.getLogger(__name__)
+
+_OLD_INDEX = (
+    "data.sources.%s: %d of %d shards have no SHARD.tar.sizes of their index, e.g. %s: planning reads their parquet "
+    "indexes, which is slow where there are many; keye-data index on these shards adds the files without indexing anew"
+)
 
 SCAN_ROWS = 8192
 """Rows looked at together when a source is searched for its first usable sample."""
@@ -185,9 +195,15 @@ class Corpus:
         for name, settings in sources.items():
             own = Filter(settings.filter, f"data.sources.{name}.filter") if settings.filter else None
             headers = kept_headers(find_shards(settings.shards, storage), tokenizer, fingerprint, storage, folder)
-            rows_from = {header.shard: header.rows_from for header in headers}
+            without = [header.shard for header in headers if not header.has_sizes]
+            if without:
+                log.warning(_OLD_INDEX, name, len(without), len(headers), without[0])
+            kept = [one for one in headers if folder and (not one.has_sizes or is_url(index_file(one.shard, storage)))]
+            rows_from = {header.shard: header.rows_from for header in kept}
             fitting = fittings.get(name)
-            measuring = Measuring(resolution, pair_tokens, own, folder, rows_from, storage, fitting, group_blocks)
+            measuring = Measuring(
+                resolution, pair_tokens, own, folder, rows_from, frozenset(without), storage, fitting, group_blocks
+            )
             opened[name] = ShardSource(name, headers, measuring, settings.max_epochs)
         return cls(opened, resolution)
 

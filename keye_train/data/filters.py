@@ -17,6 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from keye_train.data.facts import KINDS, Facts
+from keye_train.sample import MediaKind
+
 MAX_LENGTH = 2000
 
 COLUMNS: dict[str, str] = {
@@ -31,9 +34,6 @@ COLUMNS: dict[str, str] = {
     "bytes": "of the sample in its shard",
     "task": "label of the sample",
 }
-
-INDEX_COLUMNS = ("text_tokens", "media", "error", "size", "task")
-"""Columns of the index that filters are worked out from."""
 
 _COMPARISONS: dict[type[ast.cmpop], Callable[..., Any]] = {
     ast.Eq: pc.equal,
@@ -136,34 +136,37 @@ class Filter:
         return result
 
 
-def filter_columns(table: pa.Table, tokens: np.ndarray, patches: np.ndarray) -> dict[str, pa.Array]:
+def filter_columns(facts: Facts, tokens: np.ndarray, patches: np.ndarray) -> dict[str, pa.Array]:
     """The ``COLUMNS`` of some samples.
 
     Args:
-        table: ``INDEX_COLUMNS`` of an index.
+        facts: of their rows in an index, with task and size.
         tokens, patches: [rows], as measured.
     """
-    rows = len(table)
-    media = table["media"].combine_chunks()
-    owners, flat = pc.list_parent_indices(media).to_numpy(), media.flatten()
-    kinds = flat.field("kind").to_numpy(zero_copy_only=False)
-    video = kinds == "video"
-    frames, fps = (flat.field(name).to_numpy(zero_copy_only=False).astype(float) for name in ("frames", "fps"))
+    rows, flat = len(facts), facts.media
+    counts = facts.rows["media"].astype(np.int64)
+    owners = np.repeat(np.arange(rows), counts)
+    video = flat["kind"] == KINDS.index(MediaKind.video)
+    frames, fps = flat["frames"].astype(float), flat["fps"]
     seconds = np.divide(frames, fps, out=np.zeros(len(flat)), where=video & (fps > 0))
-    first = np.unique(owners, return_index=True)[1]
+    having = np.flatnonzero(counts)
+    first = (np.cumsum(counts) - counts)[having]
     sides = {}
     for name in ("width", "height"):
         sides[name] = np.zeros(rows)
-        sides[name][owners[first]] = flat.field(name).to_numpy(zero_copy_only=False)[first]
+        sides[name][having] = flat[name][first]
     numbers = {
-        "text_tokens": table["text_tokens"].to_numpy(),
+        "text_tokens": facts.rows["text_tokens"],
         "tokens": tokens,
         "patches": patches,
         "images": np.bincount(owners[~video], minlength=rows),
         "videos": np.bincount(owners[video], minlength=rows),
         **sides,
         "duration": np.bincount(owners, seconds, minlength=rows),
-        "bytes": table["size"].to_numpy(),
+        "bytes": facts.rows["size"],
     }
     columns = {name: pa.array(np.asarray(values, dtype=np.float64)) for name, values in numbers.items()}
-    return columns | {"task": table["task"].combine_chunks()}
+    task = pa.DictionaryArray.from_arrays(
+        pa.array(facts.rows["task"].astype(np.int32)), pa.array(facts.tasks, pa.string())
+    )
+    return columns | {"task": task.cast(pa.string())}

@@ -1,6 +1,6 @@
 """Headers of many shards, kept in the cache folder so that the next start opens none of their indexes.
 
-A list of shards whose files (the shard and both of its index) have the same sizes and times, or ETags, as before has
+A list of shards whose files (the shard and those of its index) have the same sizes and times, or ETags, as before has
 the same headers. Anything else is opened and checked anew.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from keye_train.data.energon import LayoutFinder
 from keye_train.data.index import INDEX_VERSION, ShardHeader, open_headers
-from keye_train.data.paths import index_file, offsets_file
+from keye_train.data.paths import index_file, offsets_file, sizes_file
 from keye_train.data.storage import Storage
 from keye_train.runs import write_text_atomic
 from keye_train.settings import StorageSettings
@@ -63,7 +63,11 @@ def _path(shards: Sequence[str], fingerprint: str, storage: StorageSettings | No
     layouts = LayoutFinder(files)
 
     def state(shard: str) -> list[tuple[int, str]]:
-        return [files.stat(file) for file in (shard, index_file(shard, storage), offsets_file(shard, storage))]
+        own = [files.stat(file) for file in (shard, index_file(shard, storage), offsets_file(shard, storage))]
+        try:
+            return [*own, files.stat(sizes_file(shard, storage))]
+        except FileNotFoundError:  # an index of an earlier version
+            return own
 
     try:
         states = files.map(state, shards)

@@ -23,9 +23,11 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from keye_train.data.energon import LayoutFinder
+from keye_train.data.facts import Facts
 from keye_train.data.formats import parse_with_turns
 from keye_train.data.limits import Watch, unwatched
-from keye_train.data.paths import OFFSET_BYTES, find_shards, index_file, index_path, offsets_file
+from keye_train.data.paths import OFFSET_BYTES, find_shards, index_file, index_path, offsets_file, sizes_file
+from keye_train.data.sizes_file import DamagedError, SizesFile, sizes_bytes
 from keye_train.data.storage import Storage, StorageError, is_url
 from keye_train.data.tar import RawSample, walk_shard
 from keye_train.model.chat import MediaSlot, TextSize, Turn, slots_of, text_sizes
@@ -39,6 +41,7 @@ __all__ = [
     "ROW_GROUP",
     "SCHEMA",
     "ShardHeader",
+    "add_sizes",
     "build_index",
     "file_sha256",
     "find_shards",
@@ -50,6 +53,7 @@ __all__ = [
     "read_key",
     "read_metadata",
     "read_rows",
+    "read_sizes",
     "tokenizer_fingerprint",
 ]
 
@@ -94,6 +98,10 @@ SCHEMA = pa.schema(
 )
 
 
+ACCOUNT = ("version", "shard_bytes", "shard_sha256", "tokenizer", "layout")
+"""What an index says about its shard as a whole, all of it texts."""
+
+
 @dataclass(frozen=True)
 class ShardHeader:
     """What an index says about its shard as a whole."""
@@ -104,6 +112,7 @@ class ShardHeader:
     sha256: str  # of the shard
     tokenizer: str  # fingerprint of the tokenizer that counted the text
     layout: str = ""  # of the prepared folder that the shard stands in, see ``energon``
+    has_sizes: bool = False  # ``SHARD.tar.sizes`` of this index is there
 
     @property
     def rows_from(self) -> tuple[str, ...]:
@@ -140,7 +149,7 @@ def build_index(
     given_up: Mapping[int, str] = MappingProxyType({}),
     watch: Watch = unwatched,
 ) -> ShardHeader:
-    """Write the two index files of a shard; each appears whole or not at all.
+    """Write the three index files of a shard; each appears whole or not at all.
 
     Args:
         shard: path or URL of the .tar. A remote one is fetched once, to TMPDIR.
@@ -176,13 +185,26 @@ def build_index(
     )
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
-    # Last: its presence means that both are there.
-    files.write(index_file(shard, storage), sink.getvalue().to_pybytes())
+    # Behind the offsets: its presence means that both are there. The sizes, last, name the bytes of the file before.
+    index = sink.getvalue().to_pybytes()
+    files.write(index_file(shard, storage), index)
+    account = metadata | {"rows": rows, "index_bytes": len(index)}
+    files.write(sizes_file(shard, storage), sizes_bytes(table, account))
     files.close()
     bad = rows - columns["error"].count(None)
     if bad:
         log.warning("%s: %d of %d samples cannot be read; see `keye-data check %s`", shard, bad, rows, shard)
-    return ShardHeader(shard, rows, total, metadata["shard_sha256"], fingerprint, metadata["layout"])
+    return ShardHeader(shard, rows, total, metadata["shard_sha256"], fingerprint, metadata["layout"], True)
+
+
+def add_sizes(header: ShardHeader, storage: StorageSettings | None = None) -> None:
+    """Write ``SHARD.tar.sizes`` to an index that has none, as those of earlier versions; the shard is not read."""
+    files = Storage(storage)
+    index = files.read(index_file(header.shard, storage))
+    table = pq.read_table(pa.BufferReader(index))
+    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    account = {name: metadata[name] for name in ACCOUNT} | {"rows": len(table), "index_bytes": len(index)}
+    files.write(sizes_file(header.shard, storage), sizes_bytes(table, account))
 
 
 def _index_columns(
@@ -330,16 +352,21 @@ def _open_header(
     index, offsets = index_file(shard, files.settings), offsets_file(shard, files.settings)
     try:
         offsets_bytes = files.size(offsets)
-        file = pq.ParquetFile(_parquet_source(index, files))
-        schema, rows = file.schema_arrow, file.metadata.num_rows
+        account = _account(shard, files)
+        if account is None:
+            with pq.ParquetFile(_parquet_source(index, files)) as file:
+                schema, rows = file.schema_arrow, file.metadata.num_rows
+            metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+            known = metadata.get("version") == INDEX_VERSION and schema.equals(SCHEMA)
+        else:
+            metadata, rows, known = account, account["rows"], True
     except StorageError:
         raise
     except FileNotFoundError as error:
         raise ValueError(f"the shard {shard} has no index; {mend}") from error
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"the index of the shard {shard} is damaged ({error}); {mend}") from error
-    metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
-    if metadata.get("version") != INDEX_VERSION or not schema.equals(SCHEMA):
+    if not known:
         raise ValueError(
             f"the index of the shard {shard} has format {metadata.get('version')}, this program reads "
             f"{INDEX_VERSION}; {mend}"
@@ -358,7 +385,26 @@ def _open_header(
         raise ValueError(
             f"the index of the shard {shard} is stale: .nv-meta/dataset.yaml of its folder was changed since; {mend}"
         )
-    return ShardHeader(shard, rows, shard_bytes, metadata["shard_sha256"], fingerprint, metadata["layout"])
+    has_sizes = account is not None
+    return ShardHeader(shard, rows, shard_bytes, metadata["shard_sha256"], fingerprint, metadata["layout"], has_sizes)
+
+
+def _account(shard: str, files: Storage) -> dict[str, Any] | None:
+    """What ``SHARD.tar.sizes`` says of the index; None where it is not there, or not of this index.
+
+    Raises:
+        FileNotFoundError: the shard has no index.
+        StorageError: a remote file cannot be reached.
+    """
+    index_bytes = files.size(index_file(shard, files.settings))
+    try:
+        with SizesFile(sizes_file(shard, files.settings), files) as sizes:
+            account = sizes.account
+    except (FileNotFoundError, DamagedError):
+        return None
+    texts = all(isinstance(account.get(name), str) for name in ACCOUNT)
+    fits = account.get("version") == INDEX_VERSION and account.get("index_bytes") == index_bytes
+    return account if texts and fits and isinstance(account.get("rows"), int) else None
 
 
 def has_index(shard: str, storage: StorageSettings | None = None) -> bool:
@@ -391,6 +437,37 @@ def read_rows(
         first, last = int(np.searchsorted(bounds, start, side="right")) - 1, int(np.searchsorted(bounds, stop))
         table = file.read_row_groups(list(range(first, last)), columns=list(columns), use_threads=False)
     return table.slice(start - int(bounds[first]), stop - start)
+
+
+def read_sizes(
+    wanted: Sequence[tuple[str, Sequence[tuple[int, int]]]], storage: StorageSettings | None = None
+) -> Facts:
+    """What plans need of some rows of several shards, one behind the other, from their files of sizes.
+
+    Args:
+        wanted: shards that have one, see ``ShardHeader``; each with spans of rows [start, stop), ascending.
+        storage: ``data.storage``.
+
+    Raises:
+        ValueError: such a file is damaged or gone.
+        StorageError: a remote one cannot be read.
+    """
+    files = Storage(storage)
+    parts, keep = [], []
+    try:
+        for shard, spans in wanted:
+            path = sizes_file(shard, storage)
+            try:
+                with SizesFile(path, files) as sizes:
+                    blocks, masks = sizes.blocks(spans)
+            except (FileNotFoundError, DamagedError) as error:
+                mend = f"delete {path} and run keye-data index on {shard}, which writes it anew"
+                raise ValueError(f"{error}: {mend}") from error
+            parts += blocks
+            keep += masks
+    finally:
+        files.close()
+    return Facts.joined(parts).where(np.concatenate(keep))
 
 
 def read_metadata(shard: str, storage: StorageSettings | None = None) -> dict[str, str]:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from keye_train.model.positions import grid_tokens, media_grid
-from keye_train.sample import MediaInfo, MediaKind, SampleError
+from keye_train.data.facts import KINDS, Facts
+from keye_train.data.grids import media_sizes
+from keye_train.sample import MediaKind
 from keye_train.settings import ResolutionSettings
 
 
@@ -44,44 +43,29 @@ class Sizes:
 
 
 def measure(
-    table: pa.Table,
-    resolution: ResolutionSettings,
-    pair_tokens: int | None = None,
-    known: dict[tuple, tuple[int, int] | str] | None = None,
+    facts: Facts, resolution: ResolutionSettings, pair_tokens: int | None = None
 ) -> tuple[Sizes, dict[int, str]]:
-    """Sizes of the samples of one shard.
+    """Sizes of some samples.
 
     Args:
-        table: columns text_tokens, media and error of an index.
+        facts: of their rows in an index.
         resolution: decides what media cost.
         pair_tokens: see ``Corpus.open``.
-        known: sizes of media met before; filled with the new ones.
 
     Returns:
         Columns, and row -> reason for the samples that cannot be trained on.
     """
-    known = {} if known is None else known
-    media = table["media"].combine_chunks()
-    wrong = pc.indices_nonzero(pc.is_valid(table["error"])).to_pylist()
-    errors = {row: table["error"][row].as_py() for row in wrong}
-    owners = pc.list_parent_indices(media).to_numpy()
-    flat = media.flatten()
-    examples, number = _distinct(flat)
-    distinct = flat.take(pa.array(examples)).to_pylist()
-    costs = [_known_cost(tuple(size.values()), known, resolution) for size in distinct]
-    for bad in [place for place, cost in enumerate(costs) if isinstance(cost, str)]:
-        for row in owners[number == bad].tolist():
-            errors.setdefault(row, str(costs[bad]))
-    table_of_costs = np.array([(0, 0) if isinstance(cost, str) else cost for cost in costs], dtype=np.int64)
-    tokens, patches = table_of_costs.reshape(-1, 2)[number].T
-    rows = len(table)
+    rows, counts = len(facts), facts.rows["media"].astype(np.int64)
+    owners = np.repeat(np.arange(rows), counts)
+    tokens, patches, wrong = media_sizes(facts.media, resolution)
+    errors = dict(facts.errors)
+    for place, reason in wrong.items():
+        errors.setdefault(int(owners[place]), reason)
     if pair_tokens is None:
-        total = table["text_tokens"].to_numpy().astype(np.int64) + _sum_by(owners, tokens, rows)
+        total = facts.rows["text_tokens"] + _sum_by(owners, tokens, rows)
     else:
         total = np.full(rows, pair_tokens, dtype=np.int64)
-        is_image = pc.equal(flat.field("kind"), MediaKind.image.value).to_numpy(zero_copy_only=False)
-        counts = np.bincount(owners, minlength=rows)
-        images = _sum_by(owners, is_image, rows)
+        images = _sum_by(owners, facts.media["kind"] == KINDS.index(MediaKind.image), rows)
         for row in np.flatnonzero((counts != 1) | (images != 1)).tolist():
             errors.setdefault(row, f"not an image-caption pair: {counts[row]} media, {images[row]} of them images")
     return Sizes(total, total**2, _sum_by(owners, patches, rows), _sum_by(owners, patches**2, rows)), errors
@@ -90,28 +74,3 @@ def measure(
 def _sum_by(owners: np.ndarray, values: np.ndarray, rows: int) -> np.ndarray:
     """Sum of the values of each owner, exact below 2^53: [rows] int64."""
     return np.bincount(owners, values, minlength=rows).astype(np.int64)
-
-
-def _distinct(media: pa.StructArray) -> tuple[np.ndarray, np.ndarray]:
-    """One place of each distinct size, and the number of its size for every place."""
-    code = np.zeros(len(media), dtype=np.int64)
-    for field in media.type:
-        encoded = pc.struct_field(media, field.name).dictionary_encode()
-        code = code * len(encoded.dictionary) + encoded.indices.to_numpy()
-        _, code = np.unique(code, return_inverse=True)  # keeps the codes small
-    _, examples, number = np.unique(code, return_index=True, return_inverse=True)
-    return examples, number
-
-
-def _known_cost(
-    size: tuple, known: dict[tuple, tuple[int, int] | str], resolution: ResolutionSettings
-) -> tuple[int, int] | str:
-    """Tokens and patches of a size of media, or what is wrong with it."""
-    if size not in known:
-        kind, width, height, frames, fps = size
-        try:
-            grid = media_grid(MediaInfo(MediaKind(kind), width, height, frames, fps), resolution)
-            known[size] = grid_tokens(grid), grid[0] * grid[1] * grid[2]
-        except SampleError as error:
-            known[size] = str(error)
-    return known[size]

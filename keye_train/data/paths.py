@@ -38,6 +38,11 @@ def offsets_file(shard: str | Path, storage: StorageSettings | None = None) -> s
     return _placed(f"{shard}.idx", storage)
 
 
+def sizes_file(shard: str | Path, storage: StorageSettings | None = None) -> str:
+    """Path or URL of ``SHARD.tar.sizes`` of any shard, as for ``index_file``; see ``sizes_file``."""
+    return _placed(f"{shard}.sizes", storage)
+
+
 def _placed(name: str, storage: StorageSettings | None) -> str:
     if storage is None or storage.index_dir is None:
         return name

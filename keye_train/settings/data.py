@@ -191,9 +191,9 @@ class DataSettings:
     shuffle where this is a quarter of the samples that a window draws from a source, or as many as its shards. Sources
     of at most shuffle_block_rows * shuffle_group_blocks rows are shuffled row by row."""
     plan_cache: str | None = None
-    """Folder, best on a disk of the machine, that keeps the headers of shards and measured sizes (17 bytes a sample of
-    the shards looked at) for all processes and later starts. null: each process measures for itself. May be deleted at
-    any time between runs."""
+    """Folder, best on a disk of the machine, that keeps the headers of shards for all processes and later starts, and
+    the measured sizes of those whose index is remote or has no SHARD.tar.sizes (23 bytes a sample of the shards looked
+    at). null: each process reads and measures for itself. May be deleted at any time between runs."""
     workers: int = 2
     """Reader processes for each rank; 0 reads in the training process."""
     prefetch_steps: int = 2
