@@ -19,6 +19,17 @@ from torch import Tensor
 IGNORE_INDEX = -100
 
 
+def upload(tensor: Tensor, device: torch.device | str, non_blocking: bool = True) -> Tensor:
+    """The same on a device.
+
+    A copy to a GPU out of pageable memory may wait for what its stream has to do: it goes through page-locked memory.
+    Torch's allocator hands that out from a cache, and again only after the event of the copy: nobody has to keep it.
+    """
+    if non_blocking and torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=non_blocking)
+
+
 @dataclass(frozen=True)
 class VisionInputs:
     """Patches of all images and videos of a pack, each in raster order (t, h, w)."""
@@ -46,8 +57,8 @@ class VisionInputs:
         """Move the tensors the device reads; ``grid_thw`` stays on the CPU."""
         return replace(
             self,
-            pixel_patches=self.pixel_patches.to(device, non_blocking=non_blocking),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
+            pixel_patches=upload(self.pixel_patches, device, non_blocking),
+            cu_seqlens=upload(self.cu_seqlens, device, non_blocking),
         )
 
 
@@ -113,7 +124,7 @@ class PackedInputs:
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedInputs:
         """Move every tensor that the device reads."""
         moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=non_blocking)
+            f.name: upload(value, device, non_blocking) if isinstance(value, Tensor) else value.to(device, non_blocking)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor | VisionInputs)
         }
@@ -134,4 +145,4 @@ class ContrastiveInputs:
         captions = self.captions
         if captions is not None:
             captions = replace(captions, vision=vision).to(device, non_blocking)
-        return ContrastiveInputs(vision, self.text_ids.to(device, non_blocking=non_blocking), captions)
+        return ContrastiveInputs(vision, upload(self.text_ids, device, non_blocking), captions)

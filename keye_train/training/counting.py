@@ -14,7 +14,7 @@ from keye_train.data.collate import LoadedPack
 from keye_train.data.ledger import SkipLimit, unreadable
 from keye_train.data.loader import StepData
 from keye_train.data.measure import Sizes
-from keye_train.model.packed import PackedInputs
+from keye_train.model.packed import PackedInputs, upload
 from keye_train.settings import LossWeighting
 from keye_train.training.distributed import World
 from keye_train.training.guards import StopRequest
@@ -31,8 +31,8 @@ class PackItems:
 
     def to(self, device: torch.device) -> PackItems:
         """The same on a device."""
-        weights = None if self.weights is None else self.weights.to(device, non_blocking=True)
-        return PackItems(self.groups.to(device, non_blocking=True), weights)
+        weights = None if self.weights is None else upload(self.weights, device)
+        return PackItems(upload(self.groups, device), weights)
 
 
 @dataclass(frozen=True)

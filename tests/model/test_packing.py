@@ -24,6 +24,7 @@ from keye_train.model import (
     enable_activation_checkpointing,
     module_parameters,
 )
+from keye_train.model.packed import upload
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -313,6 +314,25 @@ class TestNothingWaitsForTheDevice:
         assert one == many
         # Once per pack, not once per layer: the gather from the position table, and each tower's angles.
         assert [many.count(name) for name in ("_embedding_bag", "cos", "sin")] == [1, 2, 2]
+
+    def test_on_the_cpu_an_upload_copies_nothing(self) -> None:
+        inputs = golden.pack(golden.SAMPLES, golden.tiny_model().config)
+        moved = inputs.to("cpu")
+        assert moved.input_ids is inputs.input_ids
+        assert moved.vision.pixel_patches is inputs.vision.pixel_patches
+
+    @pytest.mark.gpu
+    @CUDA
+    def test_an_upload_does_not_wait_for_the_gpu(self) -> None:
+        levels = torch.randint(256, (1 << 24,), dtype=torch.uint8)
+        upload(levels, "cuda")  # from now on the allocator has the page-locked memory
+        torch.cuda.synchronize()
+        torch.cuda._sleep(1 << 31)  # cycles: most of a second
+        busy = torch.cuda.Event()
+        busy.record()
+        moved = upload(levels, "cuda")
+        assert not busy.query()
+        assert torch.equal(moved.cpu(), levels)
 
     @pytest.mark.gpu
     @CUDA
