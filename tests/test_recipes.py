@@ -124,6 +124,7 @@ def test_a_stored_recipe_reads_back_equal() -> None:
         (["model.start.random=false"], "parent="),
         (["guards.spike.min_steps=200"], "guards.spike.window_steps=128"),
         (["guards.watchdog.step_s=9000"], "has no effect: collectives give up"),
+        (["guards.watchdog.data_s=9000"], "data_s=9000 has no effect: collectives give up"),
         (["guards.non_finite.max_in_a_row=0"], "must be at least 1"),
         (["stage.compile_layers=true", "stage.activation_checkpointing=full"], "set one of"),
         (

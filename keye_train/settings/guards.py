@@ -13,7 +13,7 @@ class SpikePolicy(str, Enum):
 
     log = "log"  # a warning; the update is applied
     skip = "skip"  # the update is not applied
-    rollback = "rollback"  # not applied; back to the newest checkpoint, and the batches up to this one are left out
+    rollback = "rollback"  # not applied; back to a checkpoint, and the batches up to this one are left out
 
 
 class HangPolicy(str, Enum):
@@ -50,8 +50,8 @@ class SpikeSettings:
     max_in_a_row: int = 5
     """skip: so many spikes in a row stop the run, since then the loss is on another level."""
     leave_out_steps: int = 1
-    """rollback: batches left out, the one of the spike and those before it. PaLM (arXiv 2204.02311, 5.1) left out some
-    hundred, from before the spike on."""
+    """rollback: batches left out, the one of the spike and those before it. The run goes back to a checkpoint before
+    the first of them, or leaves out fewer where none is kept. PaLM (arXiv 2204.02311, 5.1) left out some hundred."""
     max_rollbacks: int = 3
     """rollback: so many in a run; one more stops it."""
 
@@ -64,7 +64,7 @@ class WatchdogSettings:
     step_s: float | None = None
     """Longest time of an optimizer step; null: nine tenths of deepspeed.timeout_minutes, before collectives give up."""
     data_s: float | None = None
-    """Longest wait for the data of a step; null: as step_s."""
+    """Longest wait for the data of a step, those of the other ranks among them; null: as step_s."""
     save_s: float = 3600.0
     """Longest time of everything else: the start, a checkpoint, the export."""
     policy: HangPolicy = HangPolicy.restart
@@ -118,8 +118,9 @@ def check_guards(guards: GuardSettings, timeout_minutes: float) -> None:
     limits = (watchdog.step_s, watchdog.data_s, watchdog.save_s, watchdog.poll_s)
     if any(limit is not None and limit <= 0 for limit in limits):
         raise SettingsError("guards.watchdog.step_s, data_s, save_s and poll_s must be above 0")
-    if watchdog.enabled and watchdog.step_s is not None and watchdog.step_s >= 60 * timeout_minutes:
-        raise SettingsError(
-            f"guards.watchdog.step_s={watchdog.step_s:g} has no effect: collectives give up after "
-            f"deepspeed.timeout_minutes={timeout_minutes:g}. Lower the one or raise the other"
-        )
+    for key, limit in (("step_s", watchdog.step_s), ("data_s", watchdog.data_s)):  # ranks wait for data in a collective
+        if watchdog.enabled and limit is not None and limit >= 60 * timeout_minutes:
+            raise SettingsError(
+                f"guards.watchdog.{key}={limit:g} has no effect: collectives give up after "
+                f"deepspeed.timeout_minutes={timeout_minutes:g}. Lower the one or raise the other"
+            )

@@ -50,7 +50,9 @@ class Checkpoint:
 Foreign = Callable[[dict[str, Any]], str | None]
 
 
-def newest_whole(run_dir: Path, world: World, foreign: Foreign | None = None) -> Checkpoint | None:
+def newest_whole(
+    run_dir: Path, world: World, foreign: Foreign | None = None, until: int | None = None
+) -> Checkpoint | None:
     """The newest checkpoint that is whole and of this run; others are named in the log, renamed and passed over.
 
     The ranks share the reading that checksums need. Collective: every rank must reach this, while nobody saves.
@@ -59,6 +61,7 @@ def newest_whole(run_dir: Path, world: World, foreign: Foreign | None = None) ->
         run_dir: folder of the run.
         world: the ranks.
         foreign: why a checkpoint with this manifest.json is not of this run; None where it is.
+        until: of at most so many steps; newer ones are left as they are. None: of any number.
 
     Raises:
         ValueError: a newer version wrote it.
@@ -68,7 +71,9 @@ def newest_whole(run_dir: Path, world: World, foreign: Foreign | None = None) ->
     world.barrier()  # all have listed them before one is renamed
     if world.is_main:
         folder.clear_unfinished(place)
-    for _, path in candidates:
+    for step, path in candidates:
+        if until is not None and step > until:
+            continue
         fault = folder.fault(path, world.rank, world.size)
         if fault is not None:
             logger.warning("checkpoint %s is torn (%s)", path, fault)

@@ -12,7 +12,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from statistics import median
@@ -23,8 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from keye_train import runs
+from keye_train.checkpoints import folder
 from keye_train.data.ledger import LEFT_OUT
 from keye_train.settings import SpikePolicy, SpikeSettings
+from keye_train.training.checkpoint import newest_whole
 from keye_train.training.distributed import World
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ class SpikeError(RuntimeError):
 
 
 class RollBack(Exception):
-    """The wish to go on from the newest checkpoint, without the batches of a spike. Raised on every rank together."""
+    """The wish to go on from before the batches of a spike, without them. Raised on every rank together."""
 
     def __init__(self, spike: Spike) -> None:
         super().__init__(f"loss spike at step {spike.step}")
@@ -121,7 +123,8 @@ class SpikeGuard:
     def observe(self, step: int, applied: bool) -> Verdict:
         """Judge the step after its update, when the device has been waited for anyway.
 
-        Collective where the update was refused: every rank must reach this.
+        A refused update is a spike only where the policy refuses spikes. Elsewhere the gradient was not finite,
+        however high the loss. Collective where the update was refused: every rank must reach this.
 
         Args:
             step: from 1.
@@ -134,16 +137,17 @@ class SpikeGuard:
         loss = self.loss = float(self._sum)
         verdict = Verdict.fine if applied else Verdict.not_finite
         if math.isfinite(loss):
-            if loss > self.limit:
+            if loss > self.limit and (applied or self._settings.policy != SpikePolicy.log):
                 verdict = Verdict.spike
             self._losses.append(loss)
         if not applied:  # ranks whose sums differed in the last bit still do the same
             verdict = Verdict(self._world.max_int(verdict))
+        if applied:
+            self.in_a_row = 0
         if verdict != Verdict.spike:
-            self.in_a_row = 0 if applied else self.in_a_row
             return verdict
         self.total += 1
-        self.in_a_row += 1
+        self.in_a_row += not applied
         self._warn(step, loss, applied)
         if not applied and self._settings.policy == SpikePolicy.rollback:
             first = max(step - self._settings.leave_out_steps, 0)
@@ -178,7 +182,9 @@ def left_out_reasons(spikes: Sequence[Spike]) -> dict[int, str]:
 
 
 def record_spike(run_dir: Path, spike: Spike, settings: SpikeSettings, world: World) -> None:
-    """Write a rollback down before it happens. Collective: every rank must reach this.
+    """Write a rollback down before it happens. Collective: every rank must reach this, while nobody saves.
+
+    What is written down as left out is not trained on: newer checkpoints than its first step are set aside first.
 
     Raises:
         SpikeError: the run has had ``guards.spike.max_rollbacks``.
@@ -190,11 +196,44 @@ def record_spike(run_dir: Path, spike: Spike, settings: SpikeSettings, world: Wo
             f"rollbacks (guards.spike.max_rollbacks). See {run_dir / runs.LEFT_OUT}; lower stage.optimizer.lr, raise "
             "guards.spike.leave_out_steps, or allow more rollbacks"
         )
+    first = _begin_of_left_out(run_dir, spike, world)
+    spike = replace(spike, left_out=[step for step in spike.left_out if step >= first])
     error: Exception | None = None
     world.barrier()  # all have read it
     if world.is_main:
         try:
+            # In this order: killed in between, the run goes back, meets the spike again and decides as it did here.
+            _set_newer_aside(run_dir, first, f"rollback-{len(spikes) + 1}")
             runs.write_json_atomic(run_dir / runs.LEFT_OUT, [asdict(one) for one in [*spikes, spike]])
         except OSError as caught:
             error = caught
     world.require_all(error, f"writing {run_dir / runs.LEFT_OUT}")
+
+
+def _begin_of_left_out(run_dir: Path, spike: Spike, world: World) -> int:
+    """First step, from 0, that can be left out: a checkpoint holds what all steps before it have taught.
+
+    It is the wished one where a whole checkpoint stands at or before it, or none stands after it (the run then begins
+    anew). Else only what lies behind the newest checkpoint can be left out. Collective: every rank must reach this.
+    """
+    first = min(spike.left_out)
+    newest = newest_whole(run_dir, world)
+    if newest is None or newest.state.step <= first or newest_whole(run_dir, world, until=first) is not None:
+        return first
+    if world.is_main:
+        logger.warning(
+            "step %d: only the batches of steps %d to %d are left out, not guards.spike.leave_out_steps=%d: no "
+            "checkpoint is old enough; raise checkpoint.keep",
+            spike.step,
+            newest.state.step + 1,
+            spike.step,
+            len(spike.left_out),
+        )
+    return newest.state.step
+
+
+def _set_newer_aside(run_dir: Path, step: int, why: str) -> None:
+    for found, path in folder.newest_first(run_dir / runs.CHECKPOINTS):
+        if found > step:
+            kept = folder.set_aside(path, why)
+            logger.warning("checkpoint %s has learnt from batches that are left out now; it is %s", path, kept.name)

@@ -54,7 +54,7 @@ from keye_train.training.spikes import (
     record_spike,
 )
 from keye_train.training.timing import StepClock, describe_straggler, own_times, slowest_ranks
-from keye_train.training.watchdog import DATA, SAVE, STEP, Watchdog, begin_launch
+from keye_train.training.watchdog import COUNT, DATA, SAVE, STEP, Watchdog, begin_launch
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def train(settings: TrainSettings) -> int:
 
 
 def _run_until_spike(settings: TrainSettings, world: World, stop_request: StopRequest) -> int | Spike:
-    """Run to the exit code, or to a spike after which the run goes on from its newest checkpoint.
+    """Run to the exit code, or to a spike after which the run goes on from a checkpoint.
 
     Nothing of the run is referenced when this returns: its memory is free for the next.
     """
@@ -209,7 +209,10 @@ class Trainer:
         try:
             with self._stop_request:  # before and behind it a signal ends the process at once: nothing would be lost
                 stopped_by = self._train(by)
-        except RollBack:  # no failure
+        except RollBack:  # no failure: all ranks live, and the run goes back once nobody saves any more
+            by.watchdog.enter(SAVE, self.state.step)
+            if self.saver is not None:
+                self.saver.wait()
             raise
         except Exception as error:
             by.recorder.keep(self.state.step + 1, error)
@@ -239,7 +242,6 @@ class Trainer:
             self.clock.enter("data_wait")
             data = next(by.loader, None)
             self.clock.enter(None)
-            by.watchdog.enter(STEP, self.state.step + 1)
             if data is None:  # on every rank at the same step: all have the same plan
                 logger.warning(
                     "the data ended after %d of stage.steps=%d: every source has had its max_epochs; set stage.steps "
@@ -254,7 +256,9 @@ class Trainer:
             if data.passed_over:  # on every rank
                 self._pass_over(data, by)
                 continue
+            by.watchdog.enter(COUNT, self.state.step + 1)  # waits for ranks that have no data yet
             counts = self.count(data)
+            by.watchdog.enter(STEP, self.state.step + 1)
             rates, outcome = self.step(data, counts)
             by.ledger.finish(data.step, counts.samples, counts.digest, outcome.applied, counts.changed)
             self.advance(data, time.monotonic() - began)
@@ -366,7 +370,7 @@ class Trainer:
         outcome = self.engine.apply()
         self.clock.enter(None)
         verdict = self.spikes.observe(data.step + 1, outcome.applied)
-        if verdict != Verdict.spike:
+        if outcome.applied or verdict != Verdict.spike:
             self.guard.observe(outcome.applied, data.step + 1, _samples(data))
         return rates, outcome
 

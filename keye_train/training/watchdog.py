@@ -32,7 +32,9 @@ from keye_train.training.distributed import World
 logger = logging.getLogger(__name__)
 
 STOP_CODE, RESTART_CODE = 70, 75  # EX_SOFTWARE and EX_TEMPFAIL of sysexits.h
-DATA, STEP, SAVE = "data", "step", "save"
+DATA, COUNT, STEP, SAVE = "data", "count", "step", "save"
+KEYS = {DATA: "data_s", COUNT: "data_s", STEP: "step_s", SAVE: "save_s"}
+"""Phase -> the setting that limits it. A rank that has its data waits in the count of the batch for the others."""
 OF_THE_COLLECTIVES = 0.9
 """Share of the collectives' deadline that a step may take by default: the watchdog must be first."""
 GRACE_POLLS = 4
@@ -75,7 +77,8 @@ class Watchdog:
         self._readers = readers
         watched = guards.watchdog
         step_s = watched.step_s or OF_THE_COLLECTIVES * 60 * timeout_minutes
-        self._deadlines = {DATA: watched.data_s or step_s, STEP: step_s, SAVE: watched.save_s}
+        limits = {"data_s": watched.data_s or step_s, "step_s": step_s, "save_s": watched.save_s}
+        self._deadlines = {phase: limits[key] for phase, key in KEYS.items()}
         self._hangs = run_dir / runs.HANGS
         self._beat = heartbeat_path(run_dir, world.rank)
         self._beats = run_dir / runs.HEARTBEATS
@@ -85,7 +88,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def enter(self, phase: str, step: int) -> None:
-        """A phase (``DATA``, ``STEP`` or ``SAVE``) begins; ``step`` from 1."""
+        """A phase (one of ``KEYS``) begins; ``step`` from 1."""
         self._now = (phase, step, time.monotonic())
 
     def __enter__(self) -> Watchdog:
@@ -145,10 +148,9 @@ class Watchdog:
         finally:
             aside.unlink()
         self._write_heartbeat()
-        key = {DATA: "data_s", STEP: "step_s", SAVE: "save_s"}[phase]
         reason = (
             f"rank {self._rank}: step {step} has been in its phase '{phase}' for {waited_s:.0f} s, longer than "
-            f"guards.watchdog.{key} allows ({self._deadlines[phase]:g} s)"
+            f"guards.watchdog.{KEYS[phase]} allows ({self._deadlines[phase]:g} s)"
         )
         lines = [reason, "", *(describe_heartbeats(self._beats, self._size))]
         runs.write_text_atomic(self._hangs / name / "report.txt", "\n".join(lines) + "\n")
