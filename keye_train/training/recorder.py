@@ -35,21 +35,17 @@ class FlightRecorder:
     def __init__(self, run_dir: Path, rank: int, steps: int) -> None:
         self._folder, self._rank, self._steps = run_dir / runs.FLIGHT, rank, steps
         self._half = 0
-        self._written = 0
+        self._written = 0  # into this half
         self._file: TextIO | None = None
         if steps:
             self._folder.mkdir(parents=True, exist_ok=True)
-            older, newer = (self._path(half) for half in (0, 1))
-            if older.exists() and newer.exists() and older.stat().st_mtime > newer.stat().st_mtime:
-                older, newer = newer, older
-            self._half = 0 if older == self._path(0) else 1  # the newer one of an earlier launch stays whole
-            self._file = self._path(self._half).open("w", encoding="utf-8")
+            self._go_on()
 
     def write(self, row: dict[str, Any]) -> None:
         """Write down a step; ``row["step"]`` counts from 1."""
         if self._file is None:
             return
-        if self._written == self._steps:
+        if self._written >= self._steps:
             self._file.close()
             self._half = 1 - self._half
             self._file = self._path(self._half).open("w", encoding="utf-8")
@@ -76,15 +72,31 @@ class FlightRecorder:
         if self._file is not None:
             self._file.close()
 
+    def _go_on(self) -> None:
+        """Open the newer half of an earlier launch, to fill it up: emptying either would leave too few steps."""
+        halves = _by_age(_ring(self._folder, self._rank))
+        if halves:
+            path, rows = halves[-1]
+            self._half, self._written = int(path == self._path(1)), len(rows)
+            if rows and not path.read_bytes().endswith(b"\n"):  # the machine died while it wrote
+                runs.write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._file = self._path(self._half).open("a", encoding="utf-8")
+
     def _path(self, half: int) -> Path:
         return _ring(self._folder, self._rank)[half]
 
 
 def read_flight(run_dir: Path, rank: int) -> list[dict[str, Any]]:
     """The recorded steps of a rank, in the order in which they were written."""
-    files = [path for path in _ring(run_dir / runs.FLIGHT, rank) if path.exists()]
-    rows = [row for path in sorted(files, key=lambda path: path.stat().st_mtime) for row in runs.read_jsonl(path)]
-    return sorted(rows, key=lambda row: row.get("time", 0.0))  # file systems may round the times of files
+    halves = _by_age(_ring(run_dir / runs.FLIGHT, rank))
+    return [row for _, rows in halves for row in rows]
+
+
+def _by_age(halves: tuple[Path, Path]) -> list[tuple[Path, list[dict[str, Any]]]]:
+    """Those of the files that exist, with their rows, the one that was written to last at the end."""
+    found = [(path, runs.read_jsonl(path)) for path in halves if path.exists()]
+    # File systems may round the times of files, and an empty file is what a rotation left that was killed.
+    return sorted(found, key=lambda one: (one[1][-1].get("time", 0.0) if one[1] else -1.0, one[0].stat().st_mtime_ns))
 
 
 def describe_packs(packs: list[LoadedPack]) -> list[dict[str, Any]]:

@@ -21,9 +21,10 @@ from keye_train import compose, runs
 from keye_train.data.collate import LoadedPack
 from keye_train.data.loader import Loader
 from keye_train.data.plan import PlanState
-from keye_train.settings import ReplaySettings, SettingsError, TrainSettings
+from keye_train.settings import Objective, ReplaySettings, SettingsError, TrainSettings
 from keye_train.training import checkpoint, distributed
 from keye_train.training.guards import NonFiniteError, StopRequest
+from keye_train.training.recorder import read_flight
 from keye_train.training.spikes import RollBack, Spike, SpikeError, left_out_reasons, read_spikes
 from keye_train.training.trainer import Start, Trainer
 
@@ -57,7 +58,8 @@ def replay(settings: ReplaySettings) -> Replayed:
     """Do the step once more.
 
     Raises:
-        SettingsError: there is no such run, or it has not done the step, or several processes were started.
+        SettingsError: there is no such run, or it has not done the step, or several processes were started, or the step
+            had losses that one process cannot compute.
         ValueError: its data are not those that it was trained on.
     """
     run_dir, step = Path(settings.run), settings.step
@@ -69,6 +71,8 @@ def replay(settings: ReplaySettings) -> Replayed:
         raise SettingsError("keye-train replay works in one process: start it without a launcher")
     spikes, latest = _history(run_dir, step)
     found = checkpoint.newest_whole_until(run_dir, latest)
+    if recipe.stage.objective == Objective.contrastive:
+        _require_one_rank(run_dir, range(found.state.step + 1 if found is not None else 1, step + 1))
     trainer = Trainer(recipe, world, StopRequest(), Start(found))
     try:
         row, samples = _train_until(trainer, step, left_out_reasons(spikes))
@@ -134,6 +138,19 @@ def _recipe(run_dir: Path) -> TrainSettings:
     settings = compose.to_settings(TrainSettings, OmegaConf.to_container(OmegaConf.load(path)))
     settings.run_dir = str(run_dir)  # it may have been moved
     return settings
+
+
+def _require_one_rank(run_dir: Path, steps: range) -> None:
+    """Refuse steps whose pairs were held against those of several ranks: alone, each pack would lose something else."""
+    launch = runs.read_json(run_dir / runs.MANIFEST)["world_size"]  # the newest one
+    recorded = {row["step"]: row["world_size"] for row in read_flight(run_dir, rank=0)}
+    ranks = max(recorded.get(step, launch) for step in steps)
+    if ranks > 1:
+        raise SettingsError(
+            f"step={steps[-1]}: {run_dir} was trained by {ranks} ranks, and with stage.objective=contrastive a loss "
+            "depends on the pairs of all ranks in a micro-step; one process cannot compute it. Runs of one process and "
+            "those with stage.objective=language can be replayed"
+        )
 
 
 def _history(run_dir: Path, step: int) -> tuple[list[Spike], int]:

@@ -3,27 +3,50 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from corpus import ToyCorpus
 
 from keye_train import runs
 from keye_train.settings import ReplaySettings, SettingsError
+from keye_train.training import trainer
+from keye_train.training.counting import BatchCounter, Counts
 from keye_train.training.recorder import FlightRecorder, read_flight
 from keye_train.training.replay import describe, replay
 from keye_train.training.timing import PHASES, describe_straggler, slowest_ranks
 from keye_train.training.trainer import step_seed, train
+from keye_train.training.watchdog import COUNT, DATA, KEYS, STEP, Watchdog
 
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def run_dir(toy_corpus: ToyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process, with a checkpoint after its fourth step."""
+    """A run of one process, with a checkpoint after its fourth step. Also notes the order of what it does."""
     folder = tmp_path_factory.mktemp("replay") / "run"
     more = (f"stage.steps={STEPS}", "checkpoint.every_steps=4", "stage.loss_weighting=square", "seed=3")
-    assert train(toy_corpus.settings("2_multitask", folder, *more)) == 0
+    order: list[str] = []
+
+    class Noting(Watchdog):
+        def enter(self, phase: str, step: int) -> None:
+            order.append(phase)
+            super().enter(phase, step)
+
+    class Counting(BatchCounter):
+        def count(self, *call: Any) -> Counts:
+            order.append("counts")
+            counts = super().count(*call)
+            order.append("counted")
+            return counts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "Watchdog", Noting)
+        patch.setattr(trainer, "BatchCounter", Counting)
+        assert train(toy_corpus.settings("2_multitask", folder, *more)) == 0
+    (folder / "order").write_text(" ".join(order))
     return folder
 
 
@@ -75,17 +98,72 @@ def test_a_step_that_is_not_there_is_refused(run_dir: Path, tmp_path: Path) -> N
         replay(ReplaySettings(run=str(tmp_path), step=1))
 
 
+def check_kept(run_dir: Path, written: int) -> None:
+    """At least the last three of the steps 0 .. written - 1 are there, and at most six."""
+    kept = [row["step"] for row in read_flight(run_dir, 0)]
+    assert kept == list(range(written - len(kept), written))
+    assert min(3, written) <= len(kept) <= 6
+
+
+def test_the_wait_for_the_data_of_other_ranks_has_the_deadline_of_data(run_dir: Path) -> None:
+    """A rank that has its data waits in the collective that counts the batch."""
+    order = (run_dir / "order").read_text()
+    assert order.count(f"{DATA} {COUNT} counts counted {STEP}") == STEPS
+    assert KEYS[COUNT] == KEYS[DATA] == "data_s"
+
+
+class TestContrastive:
+    """The loss of a pair depends on the other pairs of the micro-step, and so on the number of ranks."""
+
+    @pytest.fixture(scope="class")
+    def stage_0(self, toy_corpus: ToyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("replay-0") / "run"
+        assert train(toy_corpus.settings("0_vision", folder, "stage.steps=2")) == 0
+        return folder
+
+    def test_one_rank_is_met_exactly(self, stage_0: Path) -> None:
+        replayed = replay(ReplaySettings(run=str(stage_0), step=2))
+        assert replayed.loss == replayed.recorded
+
+    @pytest.mark.parametrize("known_from", ["manifest", "flight"])
+    def test_several_ranks_are_refused(self, stage_0: Path, tmp_path: Path, known_from: str) -> None:
+        several = tmp_path / "run"
+        shutil.copytree(stage_0, several)
+        if known_from == "manifest":
+            shutil.rmtree(several / runs.FLIGHT)
+            manifest = runs.read_json(several / runs.MANIFEST)
+            runs.write_json_atomic(several / runs.MANIFEST, manifest | {"world_size": 2})
+        else:  # a launch of fewer ranks came later
+            for path in (several / runs.FLIGHT).iterdir():
+                path.write_text(path.read_text().replace('"world_size": 1', '"world_size": 2'))
+        with pytest.raises(SettingsError, match=r"trained by 2 ranks.*stage\.objective=contrastive"):
+            replay(ReplaySettings(run=str(several), step=2))
+
+
 class TestRing:
-    def test_it_keeps_the_last_steps_over_launches(self, tmp_path: Path) -> None:
-        for launch in range(2):
+    @pytest.mark.parametrize("of_a_launch", range(1, 8))
+    def test_it_keeps_the_last_steps_over_launches(self, tmp_path: Path, of_a_launch: int) -> None:
+        written = 0
+        for _ in range(5):
             recorder = FlightRecorder(tmp_path, 0, steps=3)
-            for step in range(5):
-                recorder.write({"step": 5 * launch + step})
-                kept = [row["step"] for row in read_flight(tmp_path, 0)]
-                assert kept == list(range(kept[0], 5 * launch + step + 1))
-                assert len(kept) >= min(3, 5 * launch + step + 1)
+            check_kept(tmp_path, written)
+            for _ in range(of_a_launch):
+                recorder.write({"step": written, "time": float(written)})
+                written += 1
+                check_kept(tmp_path, written)
             recorder.close()
-        assert len(list((tmp_path / runs.FLIGHT).iterdir())) == 2
+        assert len(list((tmp_path / runs.FLIGHT).iterdir())) == (1 if written <= 3 else 2)
+
+    def test_a_line_cut_off_by_a_crash_is_dropped(self, tmp_path: Path) -> None:
+        first = FlightRecorder(tmp_path, 0, steps=3)
+        first.write({"step": 0, "time": 0.0})
+        first.close()
+        with next((tmp_path / runs.FLIGHT).iterdir()).open("a") as file:
+            file.write('{"step": 1, "ti')
+        second = FlightRecorder(tmp_path, 0, steps=3)
+        second.write({"step": 1, "time": 1.0})
+        second.close()
+        check_kept(tmp_path, 2)
 
     def test_it_is_kept_when_the_run_fails(self, tmp_path: Path) -> None:
         recorder = FlightRecorder(tmp_path, 2, steps=3)
