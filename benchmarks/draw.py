@@ -4,9 +4,10 @@
 
 The index is real in its format and simulated in its size: five sources, whose shards are links to one index of 50,000
 rows each, a billion rows in all, opened and read by the code that a run uses. "Position" is how many samples have been
-drawn. Memory is what the process has more than after its imports: resident, at its peak. Shards of a source are links,
-so "kept" reads one small file of sizes a source, which the system holds in memory: with as many files as shards, the
-disk's part comes on top.
+drawn; "resumed" goes on as from a checkpoint in the middle of a run, where the main part of the window before is planned
+once more. Memory is what the process has more than after its imports: resident, at its peak. Shards of a source are
+links to one, which the system holds in memory: with as many files as shards, the disk's part comes on top. "headers":
+from data.plan_cache, filled by the row before.
 
 Mixing compares windows of 65,536 draws of the largest source with a full shuffle of it: from how many blocks of
 neighbouring rows a window comes, how often draws that follow each other come from the same block (1 = as by chance in a
@@ -97,7 +98,9 @@ def write_index(folder: Path) -> None:
                 os.link(path_of(first), path_of(link))
 
 
-def measure_start(folder: Path, position: int, unit: MixtureUnit, cache: str | None) -> dict[str, object]:
+def measure_start(
+    folder: Path, position: int, unit: MixtureUnit, cache: str | None, resumed: bool
+) -> dict[str, object]:
     """Open the corpus and plan the first batches behind ``position``, in this process."""
     resting = _resident_mb()
     began = time.perf_counter()
@@ -116,9 +119,13 @@ def measure_start(folder: Path, position: int, unit: MixtureUnit, cache: str | N
         language_cost(FlopCoefficients.of(KeyeConfig()).for_training()),
         DrawRules(unit),
     )
-    drawn = tuple(round(position * SHARES[name]) for name in plan.sources)
-    spent = drawn if unit == MixtureUnit.samples else tuple(1000 * count for count in drawn)
-    state = PlanState(plan.fingerprint, 0, 0, 0, drawn, (0,) * len(drawn), spent, 0, drawn, spent, 0)
+    drawn, before = (
+        tuple(max(round(at * SHARES[name]), 0) for name in plan.sources) for at in (position, position - WINDOW)
+    )
+    each = 1 if unit == MixtureUnit.samples else 1000
+    spent, before_spent = (tuple(each * count for count in counts) for counts in (drawn, before))
+    window, none = position // WINDOW if resumed else 0, (0,) * len(drawn)
+    state = PlanState(plan.fingerprint, 0, window, 0, drawn, none, spent, 0, before, before_spent, 0)
     batches = plan.batches(state)
     next(batches)
     first = time.perf_counter()
@@ -179,14 +186,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_index(folder)
-        cases = [(position, unit, "no") for unit in (MixtureUnit.samples, MixtureUnit.tokens) for position in POSITIONS]
-        cases += [(10**9, MixtureUnit.samples, cache) for cache in ("empty", "kept")]
-        for position, unit, cache in cases:
+        units = (MixtureUnit.samples, MixtureUnit.tokens)
+        cases = [(unit, position, "no", bool(position)) for unit in units for position in POSITIONS]
+        cases += [(MixtureUnit.samples, POSITIONS[-1], cache, False) for cache in ("no", "empty", "headers")]
+        for unit, position, cache, resumed in cases:
             where = None if cache == "no" else str(folder / "cache")
-            arguments = json.dumps([name, position, unit.value, where])
+            arguments = json.dumps([name, position, unit.value, where, resumed])
             command = [sys.executable, "-m", "benchmarks.draw", arguments]  # a process each: memory is that of one
             found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            result.add({"position": position, "mixture by": unit.value, "cache": cache, **json.loads(found)})
+            case = {"position": position, "mixture by": unit.value, "cache": cache, "resumed": "yes" if resumed else "no"}
+            result.add({**case, **json.loads(found)})
     mixing = Result("draw_mixing", __doc__ or "")
     for shards, group in product(MIXED_SHARDS, GROUPS):
         mixing.add(measure_mixing(shards, *group))
@@ -196,7 +205,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        where, at, what, kept = json.loads(sys.argv[1])
-        print(json.dumps(measure_start(Path(where), at, MixtureUnit(what), kept)))
+        where, at, what, kept, again = json.loads(sys.argv[1])
+        print(json.dumps(measure_start(Path(where), at, MixtureUnit(what), kept, again)))
     else:
         main()
