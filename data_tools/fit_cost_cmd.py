@@ -17,8 +17,9 @@ each token, each pair of tokens of a sample, each patch and each pair of patches
 a constant for each step. Plans the run once more; its shards' indexes must be those of the run. Logged steps count
 (logging.every_steps=1 gives most), less the time spent waiting for data; the first two and outliers are left out.
 
-Prints how well the times are told, beside the cost that the model's config counts. The file is for data.cost_file;
-another cost is another plan.
+Prints how well the times are told, beside the cost that the model's config counts. The file is for data.cost_file of
+runs of the same model and stage on machines like the one that was measured: another model, or another choice of what is
+trained, is refused; another kind of device nobody can tell from it. Another cost is another plan.
 """
 EXAMPLES = """\
 examples:

@@ -40,15 +40,21 @@ def language_cost(flops: FlopCoefficients) -> PackCost:
     return PackCost(flops.language_token + half_pair, half_pair, flops.vision_patch, flops.vision_pair)
 
 
-def read_cost(path: str | Path) -> PackCost:
+def read_cost(path: str | Path, config: PackCost) -> PackCost:
     """The cost in a file of ``keye-data fit-cost``.
 
+    Args:
+        path: of the file.
+        config: cost by the config of the run that asks, which must be that of the run that was measured.
+
     Raises:
-        ValueError: it cannot be read, or is no such file.
+        ValueError: it cannot be read, is no such file, or was fitted on another model or stage.
     """
     try:
-        held: Any = json.loads(Path(path).read_text(encoding="utf-8"))["cost"]
-        cost = PackCost(**{name: float(value) for name, value in held.items()})
+        held: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        cost, fitted_on = (
+            PackCost(**{name: float(value) for name, value in held[key].items()}) for key in ("cost", "config")
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"data.cost_file={path} has no cost of packs ({error}): make it with keye-data fit-cost"
@@ -56,6 +62,11 @@ def read_cost(path: str | Path) -> PackCost:
     values = list(asdict(cost).values())
     if not all(np.isfinite(value) and value >= 0 for value in values) or not any(values):
         raise ValueError(f"data.cost_file={path}: coefficients are finite, at least 0, and not all 0")
+    if not np.allclose(list(asdict(fitted_on).values()), list(asdict(config).values()), rtol=1e-6):
+        raise ValueError(
+            f"data.cost_file={path} was fitted on a run of another model, or of a stage that trains other parts: run "
+            "keye-data fit-cost on a run of this one, or set data.cost_file=null"
+        )
     return cost
 
 
@@ -65,7 +76,8 @@ def training_cost(settings: TrainSettings) -> PackCost:
     Raises:
         ValueError: the file cannot be used.
     """
-    return read_cost(settings.data.cost_file) if settings.data.cost_file else config_cost(settings)
+    config = config_cost(settings)
+    return read_cost(settings.data.cost_file, config) if settings.data.cost_file else config
 
 
 def config_cost(settings: TrainSettings) -> PackCost:

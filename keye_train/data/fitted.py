@@ -50,6 +50,7 @@ class CostFit:
     error: float  # mean of |told - measured| / measured
     config_r2: float  # the same of the config's cost, with the best factor and constant
     config_error: float
+    config: PackCost  # by the config of the run: tells its model and what its stage trains, see ``read_cost``
 
     def write(self, path: str | Path) -> None:
         """The file for ``data.cost_file``, whole or not at all."""
@@ -89,7 +90,8 @@ def fit_cost(plan: Plan, config_cost: PackCost, world_size: int, seconds: dict[i
     total = packs.sum(axis=(0, 1, 2))
     scale = float(total @ np.array(list(asdict(config_cost).values())) / (total @ coefficients))
     cost = PackCost(*(float(value) * scale for value in coefficients))
-    return CostFit(cost, 1 / scale, float(fixed), len(times), *_quality(told, times), *_quality(told_by_config, times))
+    quality = (*_quality(told, times), *_quality(told_by_config, times))
+    return CostFit(cost, 1 / scale, float(fixed), len(times), *quality, config_cost)
 
 
 def _micro_steps(plan: Plan, world_size: int, seconds: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def test_known_coefficients_are_found_and_balance_the_times_they_made(tmp_path: 
     np.testing.assert_allclose(found @ totals, known @ totals, rtol=0.05)
     np.testing.assert_allclose(found[3], known[3], rtol=0.05)
     fit.write(tmp_path / "cost.json")
-    better = plan_by(read_cost(tmp_path / "cost.json"))
+    better = plan_by(read_cost(tmp_path / "cost.json", CONFIG))
     assert better.fingerprint != plan.fingerprint
     assert 1 - run_of(better, 30)[1] < 0.7 * (1 - balance)
 
@@ -106,14 +107,16 @@ def test_non_negative_least_squares_finds_what_made_the_values(known: list[float
 def test_a_file_that_is_no_cost_is_refused_with_the_command(tmp_path: Path, text: str) -> None:
     (tmp_path / "cost.json").write_text(text)
     with pytest.raises(ValueError, match="keye-data fit-cost"):
-        read_cost(tmp_path / "cost.json")
+        read_cost(tmp_path / "cost.json", CONFIG)
     negative = {"token": -1, "token_squared": 0, "patch": 0, "patch_squared": 0}
-    (tmp_path / "cost.json").write_text(json.dumps({"cost": negative}))
+    (tmp_path / "cost.json").write_text(json.dumps({"cost": negative, "config": negative}))
     with pytest.raises(ValueError, match="at least 0"):
-        read_cost(tmp_path / "cost.json")
+        read_cost(tmp_path / "cost.json", CONFIG)
 
 
 def test_a_fit_says_what_it_is(tmp_path: Path) -> None:
-    fit = CostFit(CONFIG, 1e-12, 0.1, 20, 0.9, 0.1, 0.8, 0.2)
+    fit = CostFit(CONFIG, 1e-12, 0.1, 20, 0.9, 0.1, 0.8, 0.2, CONFIG)
     fit.write(tmp_path / "cost.json")
-    assert read_cost(tmp_path / "cost.json") == CONFIG
+    assert read_cost(tmp_path / "cost.json", CONFIG) == CONFIG
+    with pytest.raises(ValueError, match=r"cost\.json was fitted on a run of another model"):
+        read_cost(tmp_path / "cost.json", replace(CONFIG, token=1.1 * CONFIG.token))
