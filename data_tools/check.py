@@ -12,13 +12,14 @@ from tqdm import tqdm
 from data_tools.storage_options import add_storage_arguments, storage_from
 from keye_train.data.energon import LayoutFinder
 from keye_train.data.formats import parse_sample
-from keye_train.data.index import file_sha256, find_shards, has_index, read_columns, read_metadata
+from keye_train.data.index import find_shards, has_index, read_columns, read_metadata
 from keye_train.data.reader import ShardReader
 from keye_train.data.storage import Storage
 from keye_train.data.tar import walk_shard
 from keye_train.model.chat import media_slots
 from keye_train.model.images import decode_image
 from keye_train.model.video import decode_video
+from keye_train.runs import file_sha256
 from keye_train.sample import MediaKind, SampleError, SampleRef
 from keye_train.settings import ResolutionSettings, StorageSettings
 

@@ -18,7 +18,6 @@ from keye_train.data.index import (
     ShardHeader,
     add_sizes,
     build_index,
-    file_sha256,
     find_shards,
     open_header,
     tokenizer_fingerprint,
@@ -27,6 +26,7 @@ from keye_train.data.limits import DecodeLimits, Watch, unwatched
 from keye_train.data.paths import index_file
 from keye_train.data.pool import ReaderPool
 from keye_train.data.storage import Storage, StorageError
+from keye_train.runs import file_sha256
 from keye_train.settings import StorageSettings
 
 NO_TENSORS = 4096

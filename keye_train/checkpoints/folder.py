@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -46,7 +45,7 @@ def commit(final: Path, seals: Mapping[str, Mapping[str, Any]], documents: Mappi
 
 def seal(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file."""
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": runs.file_sha256(path)}
 
 
 def newest_first(folder: Path) -> list[tuple[int, Path]]:
@@ -87,7 +86,7 @@ def fault(folder: Path, part: int = 0, parts: int = 1) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if _sha256(path) != sha256:
+        if runs.file_sha256(path) != sha256:
             return f"{name} does not match its checksum"
     return None
 
@@ -133,11 +132,6 @@ def remove(folder: Path) -> None:
 
 def _marked(folder: Path) -> bool:
     return (folder / KEEP).exists()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _sync(folder: Path) -> None:

@@ -7,7 +7,6 @@ follows from the sizes and the recipe's resolution settings.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from keye_train.data.tar import RawSample, walk_shard
 from keye_train.model.chat import MediaSlot, TextSize, Turn, slots_of, text_sizes
 from keye_train.model.images import probe_image, probe_plain
 from keye_train.model.video import probe_video
+from keye_train.runs import file_sha256
 from keye_train.sample import MediaInfo, MediaKind, Sample, SampleError, SampleRef
 from keye_train.settings import StorageSettings
 
@@ -43,7 +43,6 @@ __all__ = [
     "ShardHeader",
     "add_sizes",
     "build_index",
-    "file_sha256",
     "find_shards",
     "has_index",
     "index_path",
@@ -130,12 +129,6 @@ def tokenizer_fingerprint(folder: str | Path) -> str:
     if not path.is_file():
         raise ValueError(f"{folder} has no tokenizer.json: give the folder of a Hugging Face fast tokenizer")
     return file_sha256(path)
-
-
-def file_sha256(path: str | Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------ writing

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from keye_train.data.index import file_sha256
 from keye_train.model.configuration import SPECIAL_TOKENS
 from keye_train.model.sample_encoder import SampleEncoder
-from keye_train.runs import export_dir, read_json
+from keye_train.runs import export_dir, file_sha256, read_json
 from keye_train.settings import (
     LanguageModelSettings,
     ModelSettings,

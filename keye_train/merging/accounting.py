@@ -8,7 +8,7 @@ from functools import reduce
 
 import torch
 
-from keye_train.merging.compatibility import Difference, MergeError, compare, untie, value_problems
+from keye_train.merging.compatibility import Difference, MergeError, compare, unequal, untie, value_problems
 from keye_train.merging.methods import AVERAGED_DTYPES
 from keye_train.merging.reading import ExportReader
 from keye_train.merging.streaming import PlannedTensor
@@ -55,6 +55,8 @@ def account(
         # The values are read as well, so that one run names everything there is to mend.
         shared = [name for name in readers[0].places if _alike(readers, name)]
         raise MergeError(refused + value_problems(readers, shared, equal="integers" not in allow))
+    if "integers" in allow:
+        found += [one for name in readers[0].places for one in unequal(readers, name)]
     first = readers[0]
     shares = {name: _share(readers, name, has_base, "integers" not in allow, dtype) for name in first.places}
     dropped = sorted({name for reader in readers for name in reader.places} - set(first.places))
@@ -67,17 +69,15 @@ def _share(
     place = readers[0].places[name]
     holders = tuple(i for i, reader in enumerate(readers) if name in reader.places)
     models = holders[:-1] if has_base and holders[-1] == len(readers) - 1 else holders
-    kinds = {readers[i].places[name].dtype in AVERAGED_DTYPES for i in holders}
+    averaged = [readers[i].places[name].dtype in AVERAGED_DTYPES for i in holders]
     same_shape = all(readers[i].places[name].shape == place.shape for i in holders)
-    types = [readers[i].dtype_of(name) for i in models]
-    if kinds == {True}:
-        written = dtype or reduce(torch.promote_types, types)
-        planned = PlannedTensor(name, written, place.shape)
-        if same_shape and not (has_base and holders == models):
-            return Share(planned, holders, merged=True)
-        return Share(planned, (0,), merged=True)  # a mean of one: the first model's values
+    if all(averaged) and same_shape and not (has_base and holders == models):
+        written = dtype or reduce(torch.promote_types, [readers[i].dtype_of(name) for i in models])
+        return Share(PlannedTensor(name, written, place.shape), holders, merged=True)
+    if averaged[0]:  # a mean of one: the first model's values
+        return Share(PlannedTensor(name, dtype or readers[0].dtype_of(name), place.shape), (0,), merged=True)
     planned = PlannedTensor(name, place.dtype, place.shape)
-    if same_shape and must_agree and kinds == {False} and len(set(types)) == 1:
+    if must_agree and same_shape:
         return Share(planned, holders, merged=False, must_agree=True)
     return Share(planned, (0,), merged=False)
 

@@ -152,22 +152,28 @@ def value_problems(readers: Sequence[ExportReader], names: Sequence[str], equal:
                 if place.dtype in AVERAGED_DTYPES and not all(all_finite(piece) for piece in reader.pieces(name)):
                     problems.append(f"{place.file}: {name} holds NaN or infinity")
         elif equal:
-            problems += _unequal(holders, name)
+            problems += [str(one) for one in unequal(holders, name)]
     return problems
 
 
-def _unequal(readers: Sequence[ExportReader], name: str) -> list[str]:
-    problems = []
+def unequal(readers: Sequence[ExportReader], name: str) -> list[Difference]:
+    """Models in which a tensor that is not averaged holds other values than in the first.
+
+    Reads it up to the first difference. Tensors of another type or shape differ in that already, and are not read.
+    """
+    found: list[Difference] = []
+    place = readers[0].places[name]
+    if place.dtype in AVERAGED_DTYPES:
+        return found
     for other in readers[1:]:
+        twin = other.places.get(name)
+        if twin is None or (twin.dtype, twin.shape) != (place.dtype, place.shape):
+            continue
         pairs = zip(readers[0].pieces(name), other.pieces(name), strict=True)
         if not all(torch.equal(left.view(torch.uint8), right.view(torch.uint8)) for left, right in pairs):
-            place = other.places[name]
-            text = (
-                f"{place.file}: {name} ({_dtype(place.dtype)}) is not averaged and must equal that of "
-                f"{readers[0].places[name].file}"
-            )
-            problems.append(str(Difference("integers", text)))
-    return problems
+            text = f"{twin.file}: {name} ({_dtype(twin.dtype)}) is not averaged and must equal that of {place.file}"
+            found.append(Difference("integers", text))
+    return found
 
 
 def _tensor_differences(first: ExportReader, other: ExportReader) -> list[Difference]:
@@ -183,7 +189,8 @@ def _tensor_differences(first: ExportReader, other: ExportReader) -> list[Differ
         left, right = first.dtype_of(name), other.dtype_of(name)
         if left != right:
             text = f"{twin.file}: {name} is {_dtype(right)}, in {place.file} {_dtype(left)}"
-            found.append(Difference("dtype", text))
+            both = {place.dtype, twin.dtype} <= set(AVERAGED_DTYPES)
+            found.append(Difference("dtype" if both else "integers", text))
     for name, twin in other.places.items():
         if name not in first.places:
             found.append(Difference("extra", f"{first.folder}: has no tensor {name}, which {twin.file} has"))

@@ -26,9 +26,9 @@ from keye_train.merging.output import check_room, partial_output
 from keye_train.merging.reading import ExportReader
 from keye_train.merging.rules import check_patterns, model_weights
 from keye_train.merging.sources import last_checkpoints, open_model
-from keye_train.merging.streaming import PlannedTensor, plan_shards, sha256_of, write_index
+from keye_train.merging.streaming import PlannedTensor, plan_shards, write_index
 from keye_train.merging.weights import merge_weights
-from keye_train.runs import MANIFEST, commit, read_json, versions, write_json_atomic
+from keye_train.runs import MANIFEST, commit, file_sha256, read_json, versions, write_json_atomic
 from keye_train.settings import MergeMethod, MergeSettings, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def _merge(
             _copy_companions(readers[0], partial.folder, accounts)
             for path in sorted(partial.folder.iterdir()):
                 if path.name not in partial.files and path.name != MANIFEST:
-                    partial.add(path.name, sha256_of(path))
+                    partial.add(path.name, file_sha256(path))
             _check_seals(readers, hashes)
             manifest = _manifest(settings, request, readers, hashes, accounts) | {"files": partial.files}
         finally:
@@ -141,7 +141,7 @@ def _check_existing(out: Path, request: dict[str, Any], readers: Sequence[Export
         written = {name: (entry["bytes"], entry["mtime_ns"]) for name, entry in parent["files"].items()}
         # A copied or touched file has another time stamp; only then are the bytes worth reading.
         if {name: _stat(file) for name, file in files.items()} != written and any(
-            sha256_of(file) != parent["files"].get(name, {}).get("sha256") for name, file in files.items()
+            file_sha256(file) != parent["files"].get(name, {}).get("sha256") for name, file in files.items()
         ):
             raise SettingsError(f"out={out} was merged before {reader.origin} changed: {advice}")
 
@@ -186,7 +186,7 @@ def _manifest(
         {
             "path": str(reader.origin),
             "weight": share,
-            "manifest_sha256": sha256_of(manifest) if manifest.exists() else None,
+            "manifest_sha256": file_sha256(manifest) if manifest.exists() else None,
             "files": {name: described.result() for name, described in files.items()},
         }
         for reader, share, files, manifest in (
@@ -235,7 +235,7 @@ def _check_seals(readers: Sequence[ExportReader], hashes: Sequence[dict[str, Fut
 
 def _describe(file: Path, hashed: bool) -> dict[str, Any]:
     n_bytes, mtime_ns = _stat(file)
-    return {"bytes": n_bytes, "mtime_ns": mtime_ns, "sha256": sha256_of(file) if hashed else None}
+    return {"bytes": n_bytes, "mtime_ns": mtime_ns, "sha256": file_sha256(file) if hashed else None}
 
 
 def _input_files(reader: ExportReader) -> list[Path]:

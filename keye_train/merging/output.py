@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from keye_train.merging.compatibility import MergeError
-from keye_train.merging.streaming import sha256_of
-from keye_train.runs import MANIFEST, read_json, write_json_atomic
+from keye_train.runs import MANIFEST, file_sha256, read_json, write_json_atomic
 from keye_train.settings import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ class PartialOutput:
         """Whole files: name -> bytes and SHA-256."""
         for file, entry in self._left_behind().items():
             path = folder / file
-            if path.exists() and path.stat().st_size == entry["bytes"] and sha256_of(path) == entry["sha256"]:
+            if path.exists() and path.stat().st_size == entry["bytes"] and file_sha256(path) == entry["sha256"]:
                 self.files[file] = entry
                 logger.info("%s is whole: kept", path)
         for path in folder.iterdir():

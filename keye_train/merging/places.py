@@ -13,10 +13,8 @@ from pathlib import Path
 
 import torch
 
+from keye_train.runs import WEIGHTS, WEIGHTS_INDEX
 from keye_train.settings import SettingsError
-
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
 
 DTYPES = {
     "F64": torch.float64,

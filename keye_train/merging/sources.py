@@ -14,9 +14,18 @@ from keye_train.checkpoints import WEIGHTS as STATE_OF_WEIGHTS
 from keye_train.checkpoints import CheckpointReader
 from keye_train.checkpoints.layout import COMPLETE, INDEX, slice_key
 from keye_train.checkpoints.layout import MANIFEST as LAYOUT_MANIFEST
-from keye_train.merging.places import WEIGHTS, WEIGHTS_INDEX, Span, TensorPlace, file_places, tensor_places
+from keye_train.merging.places import Span, TensorPlace, file_places, tensor_places
 from keye_train.merging.reading import ExportReader
-from keye_train.runs import CHECKPOINTS, EXPORT, MANIFEST, export_dir, read_json, write_json_atomic
+from keye_train.runs import (
+    CHECKPOINTS,
+    EXPORT,
+    MANIFEST,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    export_dir,
+    read_json,
+    write_json_atomic,
+)
 from keye_train.settings import SettingsError
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from keye_train.merging.methods import BLOCK
-from keye_train.merging.places import DTYPE_NAMES, WEIGHTS, WEIGHTS_INDEX, ExportError, TensorPlace, tensor_places
+from keye_train.merging.places import DTYPE_NAMES, ExportError, TensorPlace, tensor_places
 from keye_train.merging.reading import PIECE_ELEMENTS, Buffers, ExportReader, Files
+from keye_train.runs import WEIGHTS, WEIGHTS_INDEX
 
 __all__ = [
     "PIECE_ELEMENTS",
@@ -37,7 +38,6 @@ __all__ = [
     "TensorPlace",
     "Workers",
     "plan_shards",
-    "sha256_of",
     "tensor_places",
     "write_index",
 ]
@@ -45,7 +45,6 @@ __all__ = [
 T = TypeVar("T")
 
 BUDGET_BYTES = 256 << 20  # for the pieces of all threads together
-HASH_BYTES = 1 << 20
 FLUSH_BYTES = 128 << 20  # written before the disk is told to begin; the rest of its cache is then never large
 
 
@@ -228,12 +227,3 @@ class ShardFile:
 
 def _raw(piece: Tensor) -> memoryview:
     return piece.view(-1).view(torch.uint8).numpy().data
-
-
-def sha256_of(file: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(HASH_BYTES))
-    with file.open("rb", buffering=0) as handle:
-        while count := handle.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()

@@ -14,10 +14,10 @@ import torch
 
 from keye_train.merging.merge import tensors_digest
 from keye_train.merging.methods import AVERAGED_DTYPES, all_finite
-from keye_train.merging.places import WEIGHTS_INDEX, ExportError, TensorPlace, tensor_places
+from keye_train.merging.places import ExportError, TensorPlace, tensor_places
 from keye_train.merging.reading import PIECE_ELEMENTS, Files
-from keye_train.merging.streaming import PlannedTensor, sha256_of
-from keye_train.runs import MANIFEST, read_json
+from keye_train.merging.streaming import PlannedTensor
+from keye_train.runs import MANIFEST, WEIGHTS_INDEX, file_sha256, read_json
 from keye_train.settings import SettingsError
 
 
@@ -99,7 +99,7 @@ def _fault(path: Path, entry: Mapping[str, Any]) -> str | None:
     n_bytes = entry.get("bytes", path.stat().st_size)
     if path.stat().st_size != n_bytes:
         return f"{path} has {path.stat().st_size} bytes, the manifest says {n_bytes}"
-    if entry.get("sha256") is not None and sha256_of(path) != entry["sha256"]:
+    if entry.get("sha256") is not None and file_sha256(path) != entry["sha256"]:
         return f"{path} does not match its checksum: it was changed or damaged"
     return None
 

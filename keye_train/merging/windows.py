@@ -6,15 +6,13 @@ Plain reads, not memory maps: mapped pages would count as resident memory, and t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from keye_train.merging.streaming import ExportError, TensorPlace, tensor_places
+from keye_train.merging.streaming import Files, TensorPlace, tensor_places
 
 MOST_ELEMENTS = 1 << 20
 """Values of one tensor in a window: sums of that many signs are exact in float32."""
@@ -34,8 +32,7 @@ class Windows:
         self.folders = list(folders)
         self.places: list[dict[str, TensorPlace]] = [tensor_places(folder) for folder in folders]
         self.elements = max(1024, min(MOST_ELEMENTS, budget_bytes // (16 * len(self.folders))))
-        self._files = ExitStack()
-        self._handles: dict[Path, BufferedReader] = {}
+        self._files = Files()
 
     def read(self, name: str) -> Iterator[Tensor]:
         """Windows of a tensor: [K, N] float64, N at most ``elements``; row k belongs to export k."""
@@ -44,18 +41,10 @@ class Windows:
             count = min(self.elements, total - begin)
             window = torch.empty(len(self.places), count, dtype=torch.float64)
             for row, places in zip(window, self.places, strict=True):
-                row.copy_(self._values(places[name], begin, count))
+                values = torch.empty(count, dtype=places[name].dtype)
+                self._files.read(places[name], begin, values)
+                row.copy_(values)
             yield window
-
-    def _values(self, place: TensorPlace, begin: int, count: int) -> Tensor:
-        handle = self._handles.get(place.file)
-        if handle is None:
-            handle = self._handles[place.file] = self._files.enter_context(place.file.open("rb"))
-        buffer = bytearray(count * place.dtype.itemsize)
-        handle.seek(place.begin_byte + begin * place.dtype.itemsize)
-        if handle.readinto(buffer) != len(buffer):
-            raise ExportError(f"{place.file} ended inside {place.name}: it was changed while it was read")
-        return torch.frombuffer(buffer, dtype=place.dtype)
 
     def __enter__(self) -> Windows:
         return self
@@ -64,4 +53,3 @@ class Windows:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._files.close()
-        self._handles.clear()

@@ -18,10 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from keye_train.runs import read_json, settle, write_json_atomic, write_text_atomic
+from keye_train.runs import WEIGHTS, WEIGHTS_INDEX, read_json, settle, write_json_atomic, write_text_atomic
 
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 
 NamedTensors = Iterable[tuple[str, Tensor]]

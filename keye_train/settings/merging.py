@@ -16,8 +16,10 @@ ALLOWED_DIFFERENCES = {
     "it, the first model's",
     "extra": "a tensor that the first model lacks: dropped",
     "shape": "the first model's tensor",
-    "dtype": "averaged, and written in the smallest type that holds all of them (torch.promote_types)",
-    "integers": "tensors that are not averaged (integers, booleans, float64, 8-bit floats) and differ: the first's",
+    "dtype": "of float32, bfloat16 and float16: averaged, and written in the smallest type that holds all of them "
+    "(torch.promote_types)",
+    "integers": "tensors that are not averaged (integers, booleans, float64, 8-bit floats) in one of the models, and "
+    "differ in values or type: the first's",
     "tied": "models that tie the output matrix to the embedding, beside others that do not: read as two equal tensors; "
     "the result has both",
     "tokenizer": "the first model's files",
@@ -58,8 +60,9 @@ class MergeSettings:
     allow: list[str] = field(default_factory=list)
     """Differences that are no error: names of ALLOWED_DIFFERENCES."""
     dtype: str | None = None
-    """Data type of the result (float32, bfloat16, float16); null: that of the first model; for a checkpoint of a run,
-    whose weights are float32, that of the run's export."""
+    """Data type of the result (float32, bfloat16, float16); null: that of the models; where they differ
+    (allow=[dtype]), the smallest that holds all. A checkpoint of a run, whose weights are float32, has the type of the
+    run's export."""
     max_shard_bytes: int = 5_000_000_000
     threads: int = 0
     """Threads that read, average and write; 0: twice the processors. The result has the same bits for any number."""

@@ -33,6 +33,23 @@ CASES = {
     "dtype": ({"w": ONE.bfloat16()}, {"w": TWO.half()}, {"w": [2.0, 4.0]}),
     "integers": ({"w": ONE, "n": torch.tensor([1])}, {"w": TWO, "n": torch.tensor([2])}, {"w": [2.0, 4.0], "n": [1]}),
 }
+INTEGERS = {
+    "int32": (torch.tensor([1]), torch.tensor([2], dtype=torch.int32)),
+    "equal values": (torch.tensor([1]), torch.tensor([1], dtype=torch.int32)),
+    "float64": (torch.tensor([1.0]), torch.tensor([2.0], dtype=torch.float64)),
+    "float64 first": (torch.tensor([1.0], dtype=torch.float64), torch.tensor([2.0])),
+}
+
+
+@pytest.mark.parametrize("case", INTEGERS)
+def test_a_type_that_is_not_averaged_beside_another(export: Export, tmp_path: Path, case: str) -> None:
+    left, right = INTEGERS[case]
+    folders = [export("a", {"w": ONE, "n": left}), export("b", {"w": TWO, "n": right})]
+    with pytest.raises(MergeError, match=r"n is .*\[allow=integers\]"):
+        run(folders, tmp_path / "refused", allow=["dtype"])
+    merged, manifest = run(folders, tmp_path / "out", allow=["integers"])
+    assert (merged["n"].dtype, merged["n"].tolist()) == (left.dtype, left.tolist())
+    assert len(manifest["allowed"]) == 1  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -46,7 +63,7 @@ def test_a_difference_is_refused_and_its_rule_holds_where_it_is_allowed(
     merged, manifest = run(folders, tmp_path / "out", allow=[kind])
     assert {name: tensor.tolist() for name, tensor in merged.items()} == expected
     assert manifest["dropped"] == (["v"] if kind == "extra" else [])
-    assert kind == "integers" or any(kind in text for text in manifest["allowed"])  # type: ignore[attr-defined]
+    assert [text.split("[")[-1] for text in manifest["allowed"]] == [f"allow={kind}]"]  # type: ignore[attr-defined]
     if kind == "dtype":
         assert merged["w"].dtype == torch.promote_types(torch.bfloat16, torch.float16)
 

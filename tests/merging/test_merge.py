@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from keye_train.merging import MergeError, deltas, geometry, merge, rules, streaming
-from keye_train.merging.streaming import sha256_of, tensor_places
+from keye_train.merging.streaming import tensor_places
+from keye_train.runs import file_sha256
 from keye_train.settings import MergeMethod, MergeSettings, SettingsError
 
 Export = Callable[..., Path]
@@ -106,11 +107,11 @@ class TestResult:
         out = run(folders, tmp_path / "out", method=MergeMethod.weighted, weights=[1.0, 3.0])
         manifest = json.loads((out / "manifest.json").read_text())
         assert manifest["weights"] == [0.25, 0.75]
-        assert manifest["files"]["model.safetensors"]["sha256"] == sha256_of(out / "model.safetensors")
+        assert manifest["files"]["model.safetensors"]["sha256"] == file_sha256(out / "model.safetensors")
         for folder, parent in zip(folders, manifest["parents"], strict=True):
             assert parent["path"] == str(folder)
-            assert parent["manifest_sha256"] == sha256_of(folder / "manifest.json")
-            assert parent["files"]["model.safetensors"]["sha256"] == sha256_of(folder / "model.safetensors")
+            assert parent["manifest_sha256"] == file_sha256(folder / "manifest.json")
+            assert parent["files"]["model.safetensors"]["sha256"] == file_sha256(folder / "model.safetensors")
         assert (out / "tokenizer.json").read_text() == (folders[0] / "tokenizer.json").read_text()
 
 
