@@ -24,7 +24,7 @@ def commit(final: Path, seals: Mapping[str, Mapping[str, Any]], documents: Mappi
         final: folder to become; its files lie in :func:`aside`, flushed.
         seals: size and SHA-256 of each file there.
         documents: JSON files to add: name -> value.
-        marked: whether it is kept for ever.
+        marked: whether it is kept for ever; so is one in whose place it comes.
 
     Raises:
         OSError: the disk is full, or fails; nothing has changed then.
@@ -33,14 +33,26 @@ def commit(final: Path, seals: Mapping[str, Mapping[str, Any]], documents: Mappi
     for name, value in documents.items():
         runs.write_json_atomic(folder / name, value)
     listed = {**seals, **{name: seal(folder / name) for name in documents}}
-    if marked:
+    if marked or _marked(final):
         (folder / KEEP).touch()
     runs.write_json_atomic(folder / COMPLETE, {"format": FORMAT, "files": listed})
     _sync(folder)
-    if final.exists():  # the same step reached again after a fall-back
-        remove(final)
-    folder.rename(final)
+    if not final.exists():
+        folder.rename(final)
+        _sync(final.parent)
+        return
+    # The same step again, after a fall-back. At every moment one of the two is whole: the one that still lies aside
+    # when the process dies between the renames is put in place by clear_unfinished.
+    old = _doomed(final)
+    shutil.rmtree(old, ignore_errors=True)
+    final.rename(old)
+    try:
+        folder.rename(final)
+    except OSError:
+        old.rename(final)
+        raise
     _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def seal(path: Path) -> dict[str, Any]:
@@ -101,8 +113,18 @@ def set_aside(folder: Path, why: str) -> Path:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what killed saves and deletions left behind. Only while nobody else saves there."""
-    for left in [*folder.glob(f".{PREFIX}*.tmp"), *folder.glob(f".{PREFIX}*.deleted")]:
+    """Remove what killed saves and deletions left behind. Only while nobody else saves there.
+
+    A save that was killed when it was whole already, and had only to be renamed, is put in its place.
+    """
+    for left in folder.glob(f".{PREFIX}*.tmp"):
+        final = left.with_name(left.name.removeprefix(".").removesuffix(".tmp"))
+        if not final.exists() and (left / COMPLETE).exists() and fault(left) is None:
+            left.rename(final)
+            _sync(folder)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+    for left in folder.glob(f".{PREFIX}*.deleted"):
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -124,10 +146,14 @@ def delete_old(folder: Path, saved: int, keep: int) -> None:
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint so that an interrupted deletion never leaves something that looks like one."""
-    doomed = folder.with_name(f".{folder.name}.deleted")
+    doomed = _doomed(folder)
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def _doomed(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.deleted")
 
 
 def _marked(folder: Path) -> bool:

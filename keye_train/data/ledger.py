@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ import numpy as np
 from keye_train.data.loader import StepData
 from keye_train.data.plan import AT_THE_END, OVER_BUDGET, Plan
 from keye_train.data.quarantine import QUARANTINED
+from keye_train.rows import RowFile
 from keye_train.runs import LEDGER, TRAINED, keep_rows_until, read_jsonl
 from keye_train.settings import DataSettings
 
@@ -52,7 +52,10 @@ def _paths(run_dir: str | Path) -> list[Path]:
 
 
 class Ledger:
-    """Writes one line for each skipped sample: step, source, shard, key, reason. Rank 0 closes each step."""
+    """Writes one line for each skipped sample: step, source, shard, key, reason. Rank 0 closes each step.
+
+    Lines that a full disk does not take wait in memory.
+    """
 
     def __init__(self, run_dir: str | Path, rank: int, world_size: int = 1, first_step: int = 0) -> None:
         """Open the ledger of one rank.
@@ -70,20 +73,22 @@ class Ledger:
         gone = [path for path in _paths(run_dir) if path not in running] if rank == 0 else []
         for path in (self.path, *gone):
             keep_rows_until(path, first_step - 1)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._steps = None
+        self.lost: OSError | None = None
+        """Why lines are lost that the disk did not take until :meth:`close`; None where none is."""
+        self._file = RowFile(self.path, must_keep=True)
+        self._files = [self._file]
+        self._steps: RowFile | None = None
         if rank == 0:
             keep_rows_until(self.path.with_name(TRAINED), first_step - 1)
-            self._steps = self.path.with_name(TRAINED).open("a", encoding="utf-8")
+            self._steps = RowFile(self.path.with_name(TRAINED), must_keep=True)
+            self._files.append(self._steps)
 
     def record(self, data: StepData) -> None:
         """Write down what a step skipped."""
         for ref, reason in [*data.dropped, *data.left_out, *(entry for pack in data.packs for entry in pack.skipped)]:
             log.info("step %d skips %s of %s: %s", data.step, ref.key, ref.shard, reason)
             row = {"step": data.step, "source": ref.source, "shard": ref.shard, "key": ref.key, "reason": reason}
-            self._file.write(_line(row))
-        self._file.flush()
+            self._file.write(row)
 
     def finish(self, step: int, samples: int, digest: int, applied: bool, changed: int = 0) -> None:
         """Write down that a step was done.
@@ -97,14 +102,21 @@ class Ledger:
         """
         if self._steps is not None:
             row = {"step": step, "samples": samples, "digest": digest, "applied": applied, "changed": changed}
-            self._steps.write(_line(row))
-            self._steps.flush()
+            self._steps.write(row)
+
+    def settle(self) -> None:
+        """Have all lines up to now on the disk. No checkpoint counts before: a resumed run does not write them again.
+
+        Raises:
+            OSError: the disk is full, or fails.
+        """
+        for file in self._files:
+            file.settle()
 
     def close(self) -> None:
         """Close the files."""
-        self._file.close()
-        if self._steps is not None:
-            self._steps.close()
+        faults = [fault for file in self._files if (fault := file.close()) is not None]
+        self.lost = faults[0] if faults else None
 
 
 class SkipLimit:
@@ -189,7 +201,3 @@ def _parts(size: int) -> Iterator[np.ndarray]:
     for part in range(parts):
         start = part * size // parts // MARKED_ROWS * MARKED_ROWS  # whole blocks of ``columns``
         yield np.arange(start, min(start + MARKED_ROWS, size))
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"

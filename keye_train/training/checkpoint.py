@@ -14,6 +14,7 @@ from typing import Any
 from keye_train import runs
 from keye_train.checkpoints import CheckpointReader, folder
 from keye_train.checkpoints.layout import MANIFEST, STATE
+from keye_train.settings import SettingsError
 from keye_train.training.distributed import World
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,10 @@ def newest_whole(
 ) -> Checkpoint | None:
     """The newest checkpoint that is whole and of this run; others are named in the log, renamed and passed over.
 
-    The ranks share the reading that checksums need. Collective: every rank must reach this, while nobody saves.
+    Where whole ones are left and all are of another run, that is a mistake and no reason to begin anew: nothing is
+    renamed then. The ranks share the reading that checksums need.
+
+    Collective: every rank must reach this, while nobody saves.
 
     Args:
         run_dir: folder of the run.
@@ -64,14 +68,20 @@ def newest_whole(
         until: of at most so many steps; newer ones are left as they are. None: of any number.
 
     Raises:
+        SettingsError: every whole checkpoint is of another run; names what differs.
         ValueError: a newer version wrote it.
     """
     place = run_dir / runs.CHECKPOINTS
-    candidates = folder.newest_first(place)
-    world.barrier()  # all have listed them before one is renamed
+    error: Exception | None = None
     if world.is_main:
-        folder.clear_unfinished(place)
-    for step, path in candidates:
+        try:
+            folder.clear_unfinished(place)
+        except (OSError, ValueError) as caught:
+            error = caught
+    world.require_all(error, f"clearing {place}")
+    found: Checkpoint | None = None
+    refused: list[tuple[Path, str | None]] = []  # and why it is foreign; None: torn
+    for step, path in folder.newest_first(place):
         if until is not None and step > until:
             continue
         fault = folder.fault(path, world.rank, world.size)
@@ -82,17 +92,36 @@ def newest_whole(
         if not torn and foreign is not None and (path / MANIFEST).exists():  # format 1 had none
             why = foreign(runs.read_json(path / MANIFEST))
         if not torn and why is None:
-            return Checkpoint(path, TrainState(**runs.read_json(path / STATE)))
-        world.barrier()  # all have read it
-        if world.is_main:
-            kept = folder.set_aside(path, "torn" if torn else "foreign")
-            logger.warning(
-                "checkpoint %s is %s; it is now %s, falling back to an older one",
-                path.name,
-                "torn" if torn else f"of another run ({why})",
-                kept.name,
-            )
-    return None
+            found = Checkpoint(path, TrainState(**runs.read_json(path / STATE)))
+            break
+        refused.append((path, why))
+    strangers = [(path, why) for path, why in refused if why is not None]
+    if found is None and strangers:
+        newest, why = strangers[0]
+        raise SettingsError(
+            f"run_dir={run_dir}: none of its {len(strangers)} whole checkpoints is of this run ({newest.name}: {why}). "
+            f"Restore what differs, choose another run_dir, or delete {place} to begin anew"
+        )
+    world.barrier()  # all have listed and read them
+    error = None
+    if world.is_main:
+        try:
+            for path, why in refused:
+                _set_aside(path, why)
+        except OSError as caught:
+            error = caught
+    world.require_all(error, f"setting checkpoints of {place} aside")
+    return found
+
+
+def _set_aside(path: Path, why: str | None) -> None:
+    kept = folder.set_aside(path, "torn" if why is None else "foreign")
+    logger.warning(
+        "checkpoint %s is %s; it is now %s, falling back to an older one",
+        path.name,
+        "torn" if why is None else f"of another run ({why})",
+        kept.name,
+    )
 
 
 def newest_whole_until(run_dir: Path, step: int) -> Checkpoint | None:

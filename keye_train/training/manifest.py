@@ -60,20 +60,28 @@ def recipe_sha256(settings: TrainSettings) -> str:
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 
-def check_same_recipe(run_dir: Path, settings: TrainSettings) -> None:
-    """Refuse to continue a run with another recipe.
+def check_same_run(settings: TrainSettings) -> None:
+    """Refuse to continue a run with another recipe, or from a parent that is another one by now. Changes nothing.
 
     Raises:
-        SettingsError: names the keys that differ, and both values.
+        SettingsError: names what differs.
+        FileNotFoundError: the parent has no export.
     """
+    run_dir = Path(settings.run_dir)
     path = run_dir / runs.RECIPE
-    if not path.exists():
-        return
-    changed = _changes(OmegaConf.to_container(OmegaConf.load(path)), settings)
-    if changed:
+    if path.exists() and (changed := _changes(OmegaConf.to_container(OmegaConf.load(path)), settings)):
         raise SettingsError(
             f"run_dir={run_dir} belongs to another recipe ({changed}). Choose another run_dir, or restore these keys"
         )
+    path = run_dir / runs.MANIFEST
+    if path.exists():
+        earlier, parent = runs.read_json(path)["parent"], describe_parent(settings)
+        if earlier != parent:
+            raise SettingsError(
+                f"parent={settings.parent} has changed since the run in run_dir={run_dir} started from it (it was "
+                f"{earlier}, it is {parent}): restore it, choose another run_dir, or delete this one to train again "
+                "from the new parent"
+            )
 
 
 def foreign(settings: TrainSettings, manifest: Mapping[str, Any]) -> str | None:
@@ -166,18 +174,11 @@ def begin(
     Raises:
         SettingsError: the parent changed since the run started.
     """
+    check_same_run(settings)
     run_dir = Path(settings.run_dir)
     parent = describe_parent(settings)
-    started = _now()
     path = run_dir / runs.MANIFEST
-    if path.exists():
-        earlier = runs.read_json(path)
-        started = earlier["started"]
-        if earlier["parent"] != parent:
-            raise SettingsError(
-                f"parent={settings.parent} has changed since the run in run_dir={run_dir} started from it: choose "
-                "another run_dir, or delete this one to train again from the new parent"
-            )
+    started = runs.read_json(path)["started"] if path.exists() else _now()
     manifest = {
         "status": RUNNING,
         "stage": settings.stage.name,

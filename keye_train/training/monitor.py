@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from keye_train import runs
+from keye_train.rows import RowFile
 from keye_train.settings import LoggingSettings
 from keye_train.training.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
 
 class Monitor:
-    """Writes one row for each logged step. On ranks other than 0 it does nothing.
+    """Writes one row for each logged step. On ranks other than 0 it does nothing. A full disk stops no run.
 
     Args:
         run_dir: folder of the run.
@@ -38,14 +41,14 @@ class Monitor:
         name: str,
         recipe: dict[str, Any],
     ) -> None:
-        self._jsonl: TextIO | None = None
+        self._jsonl: RowFile | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
         self._progress: Progress | None = None
         if not is_main:
             return
         runs.keep_rows_until(run_dir / runs.METRICS, first_step)
-        self._jsonl = (run_dir / runs.METRICS).open("a", encoding="utf-8")
+        self._jsonl = RowFile(run_dir / runs.METRICS)
         if settings.tensorboard:
             self._tensorboard = _open_tensorboard(run_dir, first_step)
         if settings.wandb:
@@ -57,12 +60,15 @@ class Monitor:
         """Log one step; ``row["step"]`` counts from 1. Nested values are ``outer/inner`` in TensorBoard and wandb."""
         if self._jsonl is None:
             return
-        self._jsonl.write(json.dumps(row) + "\n")
-        self._jsonl.flush()
+        self._jsonl.write(row)
         scalars = _flatten(row)
         if self._tensorboard is not None:
-            for key, value in scalars.items():
-                self._tensorboard.add_scalar(key, value, row["step"])
+            try:
+                for key, value in scalars.items():
+                    self._tensorboard.add_scalar(key, value, row["step"])
+            except OSError as error:  # its thread has ended: it takes nothing any more
+                logger.warning("no more figures for TensorBoard in this launch (%s); %s has all", error, runs.METRICS)
+                self._tensorboard = None
         if self._wandb is not None:
             self._wandb.log(scalars, step=row["step"])
 
@@ -76,7 +82,10 @@ class Monitor:
         if self._jsonl is not None:
             self._jsonl.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            try:
+                self._tensorboard.close()
+            except OSError as error:
+                logger.warning("the last figures for TensorBoard are lost (%s); %s has all", error, runs.METRICS)
         if self._wandb is not None:
             self._wandb.finish()
         if self._progress is not None:

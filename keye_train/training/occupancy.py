@@ -11,6 +11,7 @@ import fcntl
 import logging
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 from keye_train.settings import SettingsError
 from keye_train.training.distributed import World
@@ -31,35 +32,54 @@ class RunLock:
     Collective: every rank must reach this.
 
     Raises:
-        SettingsError: another launch holds the folder.
+        SettingsError: another launch holds the folder, or its file system has no locks.
+        RuntimeError: so it is on another rank.
     """
 
     def __init__(self, run_dir: Path, world: World, patience_s: float = PATIENCE_S) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = (run_dir / LOCK).open("a+b")
-        error: Exception | None = None
-        if world.is_main and not self._wait(fcntl.LOCK_EX, patience_s):
-            error = SettingsError(
-                f"run_dir={run_dir} is in use by another launch: wait for it to end, or choose another run_dir"
-            )
-        world.require_all(error, f"waiting for {run_dir}")
-        self._wait(fcntl.LOCK_SH, patience_s)  # rank 0 steps down from exclusive to shared without a gap
-        world.barrier()
+        self._path = run_dir / LOCK
+        self._file: BinaryIO | None = None
+        try:
+            alone = self._take(fcntl.LOCK_EX, patience_s) if world.is_main else None
+            world.require_all(alone, f"waiting for {run_dir}")
+            # Rank 0 steps down from exclusive to shared without a gap.
+            world.require_all(self._take(fcntl.LOCK_SH, patience_s), f"sharing {self._path}")
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Let go, where a process goes on after its run."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
-    def _wait(self, kind: int, patience_s: float) -> bool:
+    def _take(self, kind: int, patience_s: float) -> SettingsError | None:
+        """Why the lock cannot be had; None where it is held now."""
+        try:
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("a+b")
+            if self._wait(self._file, kind, patience_s):
+                return None
+        except OSError as error:
+            return SettingsError(
+                f"run_dir={self._path.parent}: {self._path.name} cannot be locked ({error}). Runs need a file system "
+                "with POSIX locks that this user may write to (Lustre: mounted with -o flock): choose another run_dir"
+            )
+        return SettingsError(
+            f"run_dir={self._path.parent} is in use by another launch: wait for it to end, or choose another run_dir"
+        )
+
+    def _wait(self, file: BinaryIO, kind: int, patience_s: float) -> bool:
         deadline, said = time.monotonic() + patience_s, False
         while True:
             try:
-                fcntl.lockf(self._file, kind | fcntl.LOCK_NB)
+                fcntl.lockf(file, kind | fcntl.LOCK_NB)
                 return True
             except (BlockingIOError, PermissionError):
                 if time.monotonic() > deadline:
                     return False
             if not said:
-                logger.warning("%s: an earlier launch is still running there; waiting for it to end", self._file.name)
+                logger.warning("%s: an earlier launch is still running there; waiting for it to end", self._path)
                 said = True
             time.sleep(0.05)

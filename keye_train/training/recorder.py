@@ -15,10 +15,11 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from keye_train import runs
 from keye_train.data.collate import LoadedPack
+from keye_train.rows import RowFile
 
 logger = logging.getLogger(__name__)
 
@@ -36,22 +37,19 @@ class FlightRecorder:
         self._folder, self._rank, self._steps = run_dir / runs.FLIGHT, rank, steps
         self._half = 0
         self._written = 0  # into this half
-        self._file: TextIO | None = None
+        self._file: RowFile | None = None
         if steps:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._go_on()
+            self._file = self._go_on()
 
     def write(self, row: dict[str, Any]) -> None:
         """Write down a step; ``row["step"]`` counts from 1."""
         if self._file is None:
             return
         if self._written >= self._steps:
-            self._file.close()
             self._half = 1 - self._half
-            self._file = self._path(self._half).open("w", encoding="utf-8")
+            self._file.turn_to(self._path(self._half))
             self._written = 0
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._file.write(row)
         self._written += 1
 
     def keep(self, step: int, error: BaseException) -> None:
@@ -72,7 +70,7 @@ class FlightRecorder:
         if self._file is not None:
             self._file.close()
 
-    def _go_on(self) -> None:
+    def _go_on(self) -> RowFile:
         """Open the newer half of an earlier launch, to fill it up: emptying either would leave too few steps."""
         halves = _by_age(_ring(self._folder, self._rank))
         if halves:
@@ -80,7 +78,7 @@ class FlightRecorder:
             self._half, self._written = int(path == self._path(1)), len(rows)
             if rows and not path.read_bytes().endswith(b"\n"):  # the machine died while it wrote
                 runs.write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = self._path(self._half).open("a", encoding="utf-8")
+        return RowFile(self._path(self._half))
 
     def _path(self, half: int) -> Path:
         return _ring(self._folder, self._rank)[half]

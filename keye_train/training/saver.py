@@ -4,7 +4,7 @@ Each rank writes what it owns; no tensor travels. Three small agreements in the 
 make the checkpoint whole or absent:
 
 1. rank 0 has made the folder aside;
-2. every rank has written, flushed and sealed its file;
+2. every rank has written, flushed and sealed its file, and has its part of the ledger on the disk;
 3. rank 0 has written index and documents, and renamed the folder.
 
 Where any rank fails for want of disk, the attempt is dropped on all, said loudly, and the training goes on: older
@@ -78,11 +78,16 @@ class Saver:
         self._fault: BaseException | None = None
         self._stall_s = 0.0
         self.saved_step: int | None = None
-        """Step of the newest whole checkpoint of this launch."""
+        """Step of the newest whole checkpoint that this launch wrote or, where the trainer says so, went on from."""
         self.figures: SaveFigures | None = None
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, settle: Callable[[], None] = lambda: None) -> None:
         """Save the training as it stands. Returns once the state is copied; :meth:`wait` says what became of it.
+
+        Args:
+            state: all besides tensors.
+            settle: has on the disk what this rank wrote elsewhere and no resumed run writes again, or raises OSError.
+                Called before the checkpoint is whole, in the thread that writes it.
 
         Raises:
             RuntimeError: an earlier save failed for another reason than the disk.
@@ -93,13 +98,13 @@ class Saver:
         slices = [NamedSlice(name, one.name, one.start, one.elements) for one in owned for name in self._states]
         if not self._settings.background:
             values = [one.values[kind] for one in owned for kind in self._states]
-            self._write(state, slices, lambda number: values[number].to("cpu").contiguous())
+            self._write(state, slices, lambda number: values[number].to("cpu").contiguous(), settle, began)
             self._raise()
             return
         copied = self._copy(owned)
         self._stall_s = time.monotonic() - began
         self._thread = threading.Thread(
-            target=self._write, args=(state, slices, copied.__getitem__), name="checkpoint", daemon=True
+            target=self._write, args=(state, slices, copied.__getitem__, settle), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -137,15 +142,25 @@ class Saver:
             torch.cuda.current_stream().synchronize()
         return copies
 
-    def _write(self, state: TrainState, slices: list[NamedSlice], values: Callable[[int], Tensor]) -> None:
-        """Write one checkpoint; runs on every rank, in the thread or, without one, in its place."""
+    def _write(
+        self,
+        state: TrainState,
+        slices: list[NamedSlice],
+        values: Callable[[int], Tensor],
+        settle: Callable[[], None],
+        waiting_since: float | None = None,
+    ) -> None:
+        """Write one checkpoint; runs on every rank, in the thread or, without one, in its place.
+
+        ``waiting_since``: on the clock of time.monotonic, where the training waits until it is written.
+        """
         began = time.monotonic()
         final = self._folder / f"{PREFIX}{state.step}"
         aside = folder.aside(final)
         try:
             done = (
                 self._agreed(lambda: _make_anew(aside), main_only=True)
-                and self._agreed(lambda: self._write_own(aside, slices, values))
+                and self._agreed(lambda: self._write_own(aside, slices, values, settle))
                 and self._agreed(lambda: self._commit(final, state), main_only=True)
             )
             if not done:
@@ -153,6 +168,8 @@ class Saver:
                 return
             self.saved_step = state.step
             written = sum(one.elements for one in slices) * torch.float32.itemsize
+            if waiting_since is not None:
+                self._stall_s = time.monotonic() - waiting_since
             self.figures = SaveFigures(state.step, self._stall_s, time.monotonic() - began, written)
             if self._world.is_main:
                 self._report(final, self.figures)
@@ -160,7 +177,10 @@ class Saver:
         except BaseException as error:
             self._fault = error
 
-    def _write_own(self, aside: Path, slices: list[NamedSlice], values: Callable[[int], Tensor]) -> None:
+    def _write_own(
+        self, aside: Path, slices: list[NamedSlice], values: Callable[[int], Tensor], settle: Callable[[], None]
+    ) -> None:
+        settle()
         name = f"rank-{self._world.rank:05d}.safetensors"
         listing: dict[str, Any] = {"file": name, "slices": []}
         if slices:

@@ -79,14 +79,14 @@ def train(settings: TrainSettings) -> int:
     """
     settings.check()
     run_dir = Path(settings.run_dir)
-    if manifest.is_finished(settings):
-        logger.info("%s: already finished", run_dir)
+    if _is_finished(settings):  # without joining the ranks, which takes seconds
         return 0
-    manifest.check_same_recipe(run_dir, settings)
     stop_request = StopRequest()
     world = distributed.start(settings.deepspeed.timeout_minutes)
     lock = RunLock(run_dir, world)
     try:
+        if _was_finished_meanwhile(settings, world):
+            return 0
         begin_launch(run_dir, world)
         while isinstance(ended := _run_until_spike(settings, world, stop_request), Spike):
             record_spike(run_dir, ended, settings.guards.spike, world)
@@ -94,6 +94,28 @@ def train(settings: TrainSettings) -> int:
         return ended
     finally:
         lock.release()
+
+
+def _is_finished(settings: TrainSettings) -> bool:
+    """Whether there is nothing to do; refuses a ``run_dir`` of another run."""
+    if manifest.is_finished(settings):
+        logger.info("%s: already finished", settings.run_dir)
+        return True
+    manifest.check_same_run(settings)
+    return False
+
+
+def _was_finished_meanwhile(settings: TrainSettings, world: World) -> bool:
+    """What another launch did while this one waited for the folder. Collective: every rank must reach this."""
+    error: Exception | None = None
+    finished = False
+    if world.is_main:
+        try:
+            finished = _is_finished(settings)
+        except (OSError, ValueError) as caught:
+            error = caught
+    world.require_all(error, f"looking at {settings.run_dir}")
+    return world.max_int(finished) > 0
 
 
 def _run_until_spike(settings: TrainSettings, world: World, stop_request: StopRequest) -> int | Spike:
@@ -169,6 +191,7 @@ class Trainer:
         self.saver: Saver | None = None
         if start is None:
             self.saver = Saver(self.run_dir, self.engine, world, settings.checkpoint, self.manifest)
+            self.saver.saved_step = found.state.step if found else None
         self.skip_limit = SkipLimit(settings.data)
         self.skip_limit.check_marks(self.plan)
         self.guard = NonFiniteGuard(settings.guards.non_finite, self.state.refused_in_a_row, self.state.refused_total)
@@ -223,8 +246,9 @@ class Trainer:
             by.close()
         by.watchdog.enter(SAVE, self.state.step)
         if stopped_by:
-            logger.info("stopped after step %d; the same command goes on from there", self.state.step)
+            logger.info("stopped after step %d; the same command goes on from %s", self.state.step, self._saved())
             return exit_code(stopped_by)
+        self.world.require_all(by.ledger.lost, "writing the ledger")  # or a finished run would lack samples
         for average in (False, True) if self.stage.optimizer.ema_decay else (False,):
             config = self.objective.model.config
             export.write_export(self.engine, config, self.settings, self.run_dir, self.world, average)
@@ -234,8 +258,27 @@ class Trainer:
         self.engine.close()
         return 0
 
+    def _saved(self) -> str:
+        """Where a next launch begins."""
+        assert self.saver is not None
+        saved = self.saver.saved_step
+        if saved == self.state.step:
+            return "there"
+        return "the start of the run" if saved is None else f"step {saved}, its newest checkpoint"
+
     def _train(self, by: Attendants) -> int:
         """All remaining steps; the signal that stopped them, or 0."""
+        try:
+            return self._train_steps(by)
+        except RollBack:
+            # However long it takes: the save under way writes what the run goes on from, in a folder that the start
+            # clears. It is no failure, so every rank lives and is here.
+            by.watchdog.enter(SAVE, self.state.step)
+            assert self.saver is not None
+            self.saver.wait()
+            raise
+
+    def _train_steps(self, by: Attendants) -> int:
         while self.state.step < self.stage.steps:
             began = time.monotonic()
             by.watchdog.enter(DATA, self.state.step + 1)
@@ -308,22 +351,25 @@ class Trainer:
         by.watchdog.enter(SAVE, self.state.step)
         self.clock.enter("checkpoint")
         assert self.saver is not None
-        self.saver.save(self.state)
         if wait:
             self.saver.wait()
-            if self.saver.saved_step != self.state.step:  # the disk was full a moment ago: worth another try
-                self.saver.save(self.state)
+        for _ in range(2 if wait else 1):  # the disk was full a moment ago: worth another try
+            if self.saver.saved_step == self.state.step:  # the data ended where the last save was, or the launch began
+                break
+            self.saver.save(self.state, by.ledger.settle)
+            if wait:
                 self.saver.wait()
         self.clock.enter(None)
 
     def _pass_over(self, data: StepData, by: Attendants) -> None:
         """A step whose batch is left out: only the position moves on."""
+        last = data.step + 1 == self.stage.steps
         if self.world.is_main:
-            logger.warning("step %d: its batch is left out (%s)", data.step + 1, runs.LEFT_OUT)
+            lacking = "; the run ends without a row and held-out losses of its last step" if last else ""
+            logger.warning("step %d: its batch is left out (%s)%s", data.step + 1, runs.LEFT_OUT, lacking)
         by.ledger.finish(data.step, 0, 0, False)
         self.advance(data)
         by.monitor.advance(self.state.step, None)
-        last = self.state.step == self.stage.steps
         if last or self.state.step % self.settings.checkpoint.every_steps == 0:
             self._save(by, wait=last)
 
@@ -412,7 +458,8 @@ class Trainer:
             "steps": self.state.step,
             "updates": self.state.updates,
             "updates_refused": self.state.refused_total,
-            "loss_spikes": self.spikes.total,
+            # Going back to a checkpoint forgets the spike that was the reason.
+            "loss_spikes": self.spikes.total + len(read_spikes(self.run_dir)),
             "wall_s": round(self.state.wall_s, 3),
         }
 

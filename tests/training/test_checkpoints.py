@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import io
 import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -17,12 +21,15 @@ from safetensors.torch import load_file, save_file
 from keye_train import runs
 from keye_train.checkpoints import CheckpointReader, fault, layout
 from keye_train.cli import convert_main
+from keye_train.data.loader import StepData
 from keye_train.merging import MergeError, merge
 from keye_train.merging.verify import verify
 from keye_train.settings import MergeMethod, MergeSettings, SettingsError
 from keye_train.training import distributed, trainer
 from keye_train.training.checkpoint import TrainState
+from keye_train.training.counting import Counts
 from keye_train.training.occupancy import LOCK, RunLock
+from keye_train.training.recorder import read_flight
 from keye_train.training.trainer import train
 
 STAGE = "1_align"
@@ -215,9 +222,9 @@ def test_a_full_disk_does_not_stop_the_training(
     real = trainer.Saver.save
     seen: dict[int, list[str]] = {}
 
-    def save(self: trainer.Saver, state: TrainState) -> None:
+    def save(self: trainer.Saver, state: TrainState, settle: Callable[[], None]) -> None:
         disk.resize(one * 3 // 2 if state.step == 4 else None)
-        real(self, state)
+        real(self, state, settle)
         self.wait()
         seen[state.step] = checkpoints(run_dir)
 
@@ -227,6 +234,64 @@ def test_a_full_disk_does_not_stop_the_training(
     assert "NO CHECKPOINT OF STEP 4" in caplog.text
     assert "No space left" in caplog.text or "File too large" in caplog.text
     assert "a crash now would go back to step-2" in caplog.text
+    assert weight_bytes(run_dir) == weight_bytes(finished)
+
+
+class Device(io.FileIO):
+    """A file of a device that is full now and then. It takes a part of the first row that has no room."""
+
+    full = False
+    left = 0
+
+    def write(self, data: bytes | bytearray) -> int:  # type: ignore[override]
+        if not Device.full:
+            return super().write(data)
+        if Device.left:
+            Device.left -= 1
+            return super().write(data[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_rows_that_a_full_disk_does_not_take_wait_and_the_checkpoint_with_them(
+    finished: Path,
+    toy_corpus: ToyCorpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Metrics, ledger, account of the steps and flight recorder cannot be written in steps 3 to 5."""
+    run_dir = tmp_path / "run"
+    real_open, real_step, real_save = Path.open, trainer.Trainer.step, trainer.Saver.save
+    seen: dict[int, list[str]] = {}
+
+    def opened(self: Path, mode: str = "r", buffering: int = -1, **more: str) -> IO:
+        return Device(self, mode) if buffering == 0 else real_open(self, mode, buffering, **more)
+
+    def step(self: trainer.Trainer, data: StepData, counts: Counts) -> tuple:
+        Device.full = 2 <= data.step <= 4
+        Device.left = int(data.step == 2)
+        return real_step(self, data, counts)
+
+    def save(self: trainer.Saver, state: TrainState, settle: Callable[[], None]) -> None:
+        real_save(self, state, settle)
+        seen[state.step] = checkpoints(run_dir)
+        if state.step != 4:
+            assert self.figures is not None
+            assert self.figures.stall_s >= self.figures.write_s > 0
+
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(trainer.Trainer, "step", step)
+    monkeypatch.setattr(trainer.Saver, "save", save)
+    assert train(toy_corpus.settings(STAGE, run_dir, *SHORT, "checkpoint.background=false")) == 0
+    assert seen == {2: ["step-2"], 4: ["step-2"], 6: ["step-6"], 8: ["step-8"]}
+    assert "NO CHECKPOINT OF STEP 4" in caplog.text
+    assert caplog.text.count("trained.jsonl CANNOT BE WRITTEN") == caplog.text.count("metrics.jsonl CANNOT BE") == 1
+    assert caplog.text.count("trained.jsonl is written again") == 1
+    steps = list(range(1, STEPS + 1))
+    assert [row["step"] for row in runs.read_jsonl(run_dir / runs.METRICS)] == steps
+    assert [row["step"] for row in read_flight(run_dir, 0)] == steps
+    for name in (runs.TRAINED, runs.LEDGER):
+        assert (run_dir / name).read_text() == (finished / name).read_text()
     assert weight_bytes(run_dir) == weight_bytes(finished)
 
 
@@ -256,6 +321,44 @@ def test_a_second_launch_waits_for_the_first_and_gives_up(tmp_path: Path) -> Non
         holder.kill()
         holder.communicate()
     RunLock(tmp_path, world, patience_s=0.1).release()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_named(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lockf(*_: object) -> None:
+        raise OSError(code, "no locks here")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with pytest.raises(SettingsError, match=r"run_dir=.*\.lock cannot be locked .*no locks here"):
+        RunLock(tmp_path, distributed.start(timeout_minutes=1))
+
+
+@pytest.mark.parametrize("other", ["has finished it", "has begun another recipe there"])
+def test_what_happened_while_a_launch_waited_counts(
+    other: str, unfinished: Path, finished: Path, toy_corpus: ToyCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another launch holds the folder, and lets it go when the files below are as they are."""
+
+    class Waited(RunLock):
+        def __init__(self, run_dir: Path, world: distributed.World) -> None:
+            super().__init__(run_dir, world)
+            if other == "has finished it":
+                shutil.copyfile(finished / runs.MANIFEST, run_dir / runs.MANIFEST)
+            else:
+                text = (run_dir / runs.RECIPE).read_text()
+                (run_dir / runs.RECIPE).write_text(text.replace("\nseed: 0\n", "\nseed: 7\n"))
+
+    settings = toy_corpus.settings(STAGE, unfinished, *SHORT)
+    monkeypatch.setattr(trainer, "RunLock", Waited)
+    if other == "has finished it":
+        recipe = runs.read_json(finished / runs.MANIFEST)["recipe_sha256"]
+        assert recipe == runs.read_json(unfinished / runs.MANIFEST)["recipe_sha256"]
+        assert train(settings) == 0
+        assert not (unfinished / runs.EXPORT).exists()  # nothing was done
+    else:
+        with pytest.raises(SettingsError, match="seed: 7 there, 0 now"):
+            train(settings)
+    assert checkpoints(unfinished) == ["step-4", "step-8"]
 
 
 def test_checkpoints_are_merged_without_conversion(finished: Path, tmp_path: Path) -> None:

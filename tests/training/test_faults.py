@@ -105,7 +105,8 @@ class TestLossSpikes:
         assert all(row["applied"] for row in rows(run_dir).values())
         trained = {row["step"]: row["samples"] for row in runs.read_jsonl(run_dir / runs.TRAINED)}
         assert [step for step, samples in trained.items() if not samples] == left_out
-        assert runs.read_json(run_dir / runs.MANIFEST)["updates"] == STEPS - 2
+        manifest = runs.read_json(run_dir / runs.MANIFEST)
+        assert (manifest["updates"], manifest["loss_spikes"]) == (STEPS - 2, 1)
 
     def test_a_left_out_step_can_be_replayed(self, found: Path) -> None:
         """Without the fault, which was no matter of its samples, it has the loss that it has elsewhere."""

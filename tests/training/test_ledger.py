@@ -38,7 +38,7 @@ def resumed(toy_corpus: ToyCorpus, tmp_path_factory: pytest.TempPathFactory) -> 
     """Twelve steps with samples made to fit; a crash after step 8 forgets those behind the checkpoint of step 5."""
     run_dir = tmp_path_factory.mktemp("ledger") / "run"
     settings = toy_corpus.settings(STAGE, run_dir, "stage.steps=12", "checkpoint.every_steps=5", *FITTING)
-    real = trainer.Trainer._step
+    real = trainer.Trainer.step
 
     def crash(self: trainer.Trainer, data, counts):
         if data.step == 8:
@@ -46,7 +46,7 @@ def resumed(toy_corpus: ToyCorpus, tmp_path_factory: pytest.TempPathFactory) -> 
         return real(self, data, counts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_step", crash)
+        patch.setattr(trainer.Trainer, "step", crash)
         with pytest.raises(RuntimeError, match="goes down"):
             train(settings)
     assert audit_run(run_dir).steps == 8
@@ -146,7 +146,9 @@ def test_requeued_samples_are_read_again_after_mending(
     assert next(one for one in audit.sources if one.name == "images").trained > 0
 
 
-def test_a_run_to_the_end_of_filtered_data_is_accounted_for(toy_corpus: ToyCorpus, tmp_path: Path) -> None:
+def test_a_run_to_the_end_of_filtered_data_is_accounted_for(
+    toy_corpus: ToyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One epoch of two sources, one of them filtered: every row that passes comes once, then the run ends."""
     settings = toy_corpus.settings(
         STAGE,
@@ -173,3 +175,11 @@ def test_a_run_to_the_end_of_filtered_data_is_accounted_for(toy_corpus: ToyCorpu
     bad = tmp_path / "bad.jsonl"
     assert command(str(tmp_path / "run"), "--quarantine", str(bad)) == 0
     assert AT_THE_END not in bad.read_text()  # which says nothing against those samples
+    saved: list[int] = []
+    monkeypatch.setattr(trainer.Saver, "save", lambda *call: saved.append(call[1].step))
+    shutil.rmtree(tmp_path / "run" / runs.EXPORT)  # killed between its last save and its export
+    manifest = runs.read_json(tmp_path / "run" / runs.MANIFEST)
+    runs.write_json_atomic(tmp_path / "run" / runs.MANIFEST, manifest | {"status": "running"})
+    assert train(settings) == 0
+    assert saved == []  # that step was saved
+    assert (tmp_path / "run" / runs.EXPORT).exists()

@@ -142,8 +142,15 @@ class TestUnfitParents:
         shutil.copyfile(stage1.with_name("stage1") / runs.EXPORT / "config.json", parent / "config.json")
         config = json.loads((parent / "config.json").read_text())
         (parent / "config.json").write_text(json.dumps(config | {"changed": True}))
-        with pytest.raises(ValueError, match="has changed since the run"):
+        before = sorted(path.name for path in (run_dir / runs.CHECKPOINTS).iterdir())
+        assert before == ["step-2"]
+        with pytest.raises(ValueError, match=r"has changed since the run .*\(it was .*, it is "):
             train(recipe)
+        assert sorted(path.name for path in (run_dir / runs.CHECKPOINTS).iterdir()) == before
+        (run_dir / runs.MANIFEST).unlink()  # only the checkpoint itself knows its parent now
+        with pytest.raises(ValueError, match=r"none of its 1 whole checkpoints is of this run \(step-2: its parent is"):
+            train(recipe)
+        assert sorted(path.name for path in (run_dir / runs.CHECKPOINTS).iterdir()) == before
 
 
 @pytest.mark.parametrize(
