@@ -106,6 +106,11 @@ def compare(readers: Sequence[ExportReader]) -> list[Difference]:
     return found
 
 
+def compared_files(folder: Path) -> list[Path]:
+    """The small files of an export that are compared with those of other models, as far as it has them."""
+    return [folder / name for name in (CONFIG, *TEXT_FILES, *BUDGET_FILES) if (folder / name).exists()]
+
+
 def untie(readers: Sequence[ExportReader]) -> list[Difference]:
     """Give models that tie output matrix and embedding both tensors, where others of the models do not tie.
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from keye_train.merging.accounting import Accounts, account
-from keye_train.merging.compatibility import CONFIG, MergeError
+from keye_train.merging.compatibility import CONFIG, MergeError, compared_files
 from keye_train.merging.output import check_room, partial_output
 from keye_train.merging.reading import ExportReader
 from keye_train.merging.rules import check_patterns, model_weights
@@ -87,23 +87,21 @@ def _merge(
         logger.warning("allowed: %s", one)
     check_patterns(settings, list(accounts.shares))
     shards = plan_shards([share.planned for share in accounts.shares.values()], settings.max_shard_bytes)
-    inputs = [{_key(reader, file): list(_stat(file)) for file in _input_files(reader)} for reader in readers]
+    inputs = [{name: list(_stat(file)) for name, file in files.items()} for files in _input_files(readers)]
     with partial_output(out, {"kind": "merge", "request": request, "inputs": inputs}) as partial:
         left = {file: tensors for file, tensors in shards.items() if file not in partial.files}
         check_room(out, sum(tensor.n_bytes for tensors in left.values() for tensor in tensors), partial.files)
         hashers = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)), thread_name_prefix="hash")
         try:
             # The inputs are hashed while the merge reads the same bytes: one of the two finds them in the page cache.
-            hashes = [
-                {_key(reader, file): hashers.submit(_describe, file, settings.hash_inputs) for file in files}
-                for reader, files in ((reader, _input_files(reader)) for reader in readers)
-            ]
+            hashes = _describe_inputs(readers, settings, hashers)
             for file, sha256 in merge_weights(partial.folder, readers, left, accounts, settings, progress):
                 partial.add(file, sha256)
             write_index(partial.folder, shards)
             _copy_companions(readers[0], partial.folder, accounts)
             for path in sorted(partial.folder.iterdir()):
-                if path.name not in partial.files and path.name != MANIFEST:
+                # Those of an interrupted merge have been written afresh.
+                if path.name not in shards and path.name != MANIFEST:
                     partial.add(path.name, file_sha256(path))
             _check_seals(readers, hashes)
             manifest = _manifest(settings, request, readers, hashes, accounts) | {"files": partial.files}
@@ -136,21 +134,25 @@ def _check_existing(out: Path, request: dict[str, Any], readers: Sequence[Export
     manifest = read_json(out / MANIFEST)
     if manifest.get("request") != request:
         raise SettingsError(f"out={out} holds something else than this merge (see its {MANIFEST}): {advice}")
-    for reader, parent in zip(readers, manifest["parents"], strict=True):
-        files = {_key(reader, file): file for file in _input_files(reader)}
-        written = {name: (entry["bytes"], entry["mtime_ns"]) for name, entry in parent["files"].items()}
-        # A copied or touched file has another time stamp; only then are the bytes worth reading.
-        if {name: _stat(file) for name, file in files.items()} != written and any(
-            file_sha256(file) != parent["files"].get(name, {}).get("sha256") for name, file in files.items()
-        ):
-            raise SettingsError(f"out={out} was merged before {reader.origin} changed: {advice}")
+    for reader, files, parent in zip(readers, _input_files(readers), manifest["parents"], strict=True):
+        written = parent["files"]
+        for name in sorted(files.keys() | written.keys()):
+            if name not in written or name not in files or not _same(files[name], written[name]):
+                raise SettingsError(f"out={out} was merged before {name} of {reader.origin} changed: {advice}")
+
+
+def _same(file: Path, written: dict[str, Any]) -> bool:
+    """Whether an input is the one that was merged."""
+    if _stat(file) == (written["bytes"], written["mtime_ns"]):
+        return True
+    # A copied or touched file has another time stamp; only then are the bytes worth reading.
+    return file_sha256(file) == written["sha256"]
 
 
 def _copy_companions(first: ExportReader, folder: Path, accounts: Accounts) -> None:
     """Copy config, tokenizer and processor files of the first model; config.json says what the result is."""
-    for file in sorted(first.folder.iterdir()):
-        if file.is_file() and file.name != MANIFEST and not file.name.endswith(_WEIGHT_SUFFIXES):
-            shutil.copyfile(file, folder / file.name)
+    for file in _companions(first.folder):
+        shutil.copyfile(file, folder / file.name)
     config = read_json(folder / CONFIG)
     known = json.dumps(config)
     types = {share.planned.dtype for share in accounts.shares.values() if share.merged}
@@ -233,13 +235,45 @@ def _check_seals(readers: Sequence[ExportReader], hashes: Sequence[dict[str, Fut
         raise MergeError(problems)
 
 
+def _describe_inputs(
+    readers: Sequence[ExportReader], settings: MergeSettings, pool: ThreadPoolExecutor
+) -> list[dict[str, Future[dict[str, Any]]]]:
+    """Size, time and SHA-256 of each input; without ``hash_inputs`` no SHA-256 of weights that nobody sealed."""
+    hashes = []
+    for reader, files in zip(readers, _input_files(readers), strict=True):
+        unsealed = set(reader.weight_files()) - reader.sealed.keys()
+        hashes.append(
+            {
+                name: pool.submit(_describe, file, settings.hash_inputs or file not in unsealed)
+                for name, file in files.items()
+            }
+        )
+    return hashes
+
+
 def _describe(file: Path, hashed: bool) -> dict[str, Any]:
     n_bytes, mtime_ns = _stat(file)
     return {"bytes": n_bytes, "mtime_ns": mtime_ns, "sha256": file_sha256(file) if hashed else None}
 
 
-def _input_files(reader: ExportReader) -> list[Path]:
-    return [*reader.weight_files(), *reader.documents]
+def _input_files(readers: Sequence[ExportReader]) -> list[dict[str, Path]]:
+    """Of each model, by name in the manifest: every file that decides the result, copied and compared ones included."""
+    inputs = []
+    for number, reader in enumerate(readers):
+        documents = reader.documents
+        if documents is None:
+            documents = compared_files(reader.folder) if number else _companions(reader.folder)
+        inputs.append({_key(reader, file): file for file in [*reader.weight_files(), *documents]})
+    return inputs
+
+
+def _companions(folder: Path) -> list[Path]:
+    """Config, tokenizer, processor and whatever else lies beside the weights; copied from the first model."""
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.name != MANIFEST and not file.name.endswith(_WEIGHT_SUFFIXES)
+    ]
 
 
 def _key(reader: ExportReader, file: Path) -> str:

@@ -97,7 +97,7 @@ class ExportReader:
         places: of the tensors; None: those of the safetensors files in ``folder``.
         written_dtype: of the model that these values stand for, where they are stored in a wider one.
         origin: what the user named; None: the folder.
-        documents: files besides those of the values that belong to the input; None: the folder's config.json.
+        documents: files besides those of the values that belong to the input; None: those in ``folder``.
         sealed: SHA-256 that files must have, where whoever wrote them noted it.
         release: called by ``close``.
     """
@@ -113,8 +113,7 @@ class ExportReader:
         release: Callable[[], None] | None = None,
     ) -> None:
         self.folder = folder
-        config = folder / "config.json"
-        self.documents = list(documents if documents is not None else [config] * config.exists())
+        self.documents = None if documents is None else list(documents)
         self.sealed = dict(sealed or {})
         self._release = release
         self.origin = origin or folder

@@ -84,14 +84,15 @@ def _open_checkpoint(folder: Path) -> ExportReader:
     write_json_atomic(
         Path(beside.name) / "config.json", {k: v for k, v in fields.items() if k != "dtype"} | {"torch_dtype": dtype}
     )
+    documents = [folder / name for name in (INDEX, LAYOUT_MANIFEST)]
     for name, value in model.files().items():
         if name == MANIFEST:
             continue
         if isinstance(value, Path):
             shutil.copyfile(value, Path(beside.name) / name)
+            documents.append(value)
         else:
             write_json_atomic(Path(beside.name) / name, value)
-    documents = [folder / name for name in (INDEX, LAYOUT_MANIFEST)]
     return ExportReader(Path(beside.name), places, model.dtype, folder, documents, seals, beside.cleanup)
 
 

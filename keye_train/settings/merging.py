@@ -67,8 +67,8 @@ class MergeSettings:
     threads: int = 0
     """Threads that read, average and write; 0: twice the processors. The result has the same bits for any number."""
     hash_inputs: bool = True
-    """Put the SHA-256 of every input into the manifest. false saves that time; ``keye-merge verify`` then knows parents
-    by size and time of change alone."""
+    """Put the SHA-256 of every input into the manifest. false saves that of weights, other than those of checkpoints,
+    which are compared with what their writer noted; ``keye-merge verify`` then knows parents' weights by size alone."""
 
     def check(self) -> None:
         """Raise SettingsError for values that cannot work together."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -18,9 +19,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from keye_train.merging import merge, streaming
+from keye_train.merging import MergeError, merge, streaming
 from keye_train.merging import output as output_module
 from keye_train.merging.output import DiskFull
+from keye_train.merging.reading import ExportReader
 from keye_train.merging.streaming import PlannedTensor, ShardFile
 from keye_train.merging.verify import verify
 from keye_train.settings import MergeMethod, MergeSettings, SettingsError
@@ -140,6 +142,42 @@ def test_inputs_that_changed_meanwhile_start_it_anew(
     merge(settings_for(folders, tmp_path / "out"), progress=False)
     merge(settings_for(folders, tmp_path / "fresh"), progress=False)
     assert weights(tmp_path / "out") == weights(tmp_path / "fresh")
+
+
+def test_a_companion_that_changes_between_kill_and_resume_is_the_new_one(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [export(f"m{i}", large(i)) for i in range(2)]
+    add = output_module.PartialOutput.add
+
+    def interrupted(self: output_module.PartialOutput, name: str, sha256: str) -> None:
+        add(self, name, sha256)
+        if name == "tokenizer.json":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(output_module.PartialOutput, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(settings_for(folders, tmp_path / "out"), progress=False)
+    monkeypatch.undo()
+    for folder in folders:
+        before = (folder / "tokenizer.json").stat()
+        text = (folder / "tokenizer.json").read_text()
+        (folder / "tokenizer.json").write_text(text.replace('"a"', '"b"'))  # of the same size,
+        os.utime(folder / "tokenizer.json", ns=(before.st_atime_ns, before.st_mtime_ns))  # and with its old time
+    out = merge(settings_for(folders, tmp_path / "out"), progress=False)
+    assert '"b"' in (out / "tokenizer.json").read_text()
+    assert verify(out).faults == []
+
+
+def test_seals_are_checked_without_hash_inputs(export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [export(f"m{i}", large(i)) for i in range(2)]
+
+    def sealed(path: str) -> ExportReader:
+        return ExportReader(Path(path), sealed={Path(path) / "model.safetensors": "0" * 64})
+
+    monkeypatch.setattr(importlib.import_module("keye_train.merging.merge"), "open_model", sealed)
+    with pytest.raises(MergeError, match="does not match the checksum of its checkpoint"):
+        merge(settings_for(folders, tmp_path / "out", hash_inputs=False), progress=False)
 
 
 @pytest.fixture

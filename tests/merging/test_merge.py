@@ -15,6 +15,7 @@ from torch import Tensor
 
 from keye_train.merging import MergeError, deltas, geometry, merge, rules, streaming
 from keye_train.merging.streaming import tensor_places
+from keye_train.merging.verify import verify
 from keye_train.runs import file_sha256
 from keye_train.settings import MergeMethod, MergeSettings, SettingsError
 
@@ -214,6 +215,27 @@ class TestOutput:
         file = folders[1] / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-1] + b"\x01")
         with pytest.raises(SettingsError, match="changed: remove"):
+            run(folders, tmp_path / "out")
+
+    @pytest.mark.parametrize("model", [0, 1])
+    @pytest.mark.parametrize("change", ["changed", "added", "removed"])
+    def test_changed_companion_is_noticed(self, export: Export, tmp_path: Path, model: int, change: str) -> None:
+        folders = [export(f"m{i}", tensors_of(i)) for i in range(2)]
+        for folder in folders:
+            (folder / "vocab.json").write_text("{}")
+        run(folders, tmp_path / "out")
+        (folders[1] / "README.md").write_text("neither copied nor compared")
+        run(folders, tmp_path / "out")
+        if change == "changed":
+            (folders[model] / "vocab.json").write_text('{"a": 1}')
+            assert any("vocab.json" in fault for fault in verify(tmp_path / "out").faults)
+        elif change == "added":
+            (folders[model] / "chat_template.jinja").write_text("new")
+        else:
+            (folders[model] / "vocab.json").unlink()
+        with pytest.raises(
+            SettingsError, match=rf"merged before (vocab\.json|chat_template\.jinja) of .*m{model} changed"
+        ):
             run(folders, tmp_path / "out")
 
     def test_foreign_folder_is_left_alone(self, export: Export, tmp_path: Path) -> None:
