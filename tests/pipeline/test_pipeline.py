@@ -94,6 +94,10 @@ def test_a_second_call_keeps_what_is_finished(chain: Path) -> None:
     assert done.stdout.count("already finished, kept") == len(RUNS)
 
 
+SHORT = ("stages.stage3.enabled=false", "merged=[]", "soup=null")
+"""The chain up to stage 2."""
+
+
 def _interrupt(folder: Path, *overrides: str) -> str:
     """Start a chain, send SIGINT to its process group, as a terminal does, while stage 0 trains; what it printed."""
     command = [*PROGRAM, "out=runs/interrupted", *overrides]
@@ -115,7 +119,7 @@ def _interrupt(folder: Path, *overrides: str) -> str:
 
 def test_an_interrupted_chain_goes_on_to_the_same_weights(chain: Path) -> None:
     _interrupt(chain)
-    done = _run(chain, "out=runs/interrupted", "stages.stage3.enabled=false", "merged=[]")
+    done = _run(chain, "out=runs/interrupted", *SHORT)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("stage0", "stage2"):
         ours = (chain / "runs" / "interrupted" / name / "export" / "model.safetensors").read_bytes()
@@ -131,7 +135,7 @@ def test_an_interrupt_behind_a_launcher_is_not_taken_for_a_failure(tmp_path: Pat
 
 def test_branches_that_could_not_be_merged_stop_the_chain_before_it_begins(tmp_path: Path) -> None:
     more = 'stages.stage3.overrides=["data.resolution.image_max_tokens=9"]'
-    done = _run(tmp_path, more, "merged=[stage2,stage3]")
+    done = _run(tmp_path, more, "merged=[stage2,stage3]", "soup=null")
     assert done.returncode != 0
     assert "stage2 and stage3_anneal_a train with different budgets" in done.stderr
     assert not list(tmp_path.iterdir())

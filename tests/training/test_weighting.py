@@ -56,7 +56,7 @@ def test_weights_change_the_loss_and_not_what_is_counted(toy_corpus: ToyCorpus, 
     plain, square = rows(tmp_path)[0], rows(one_rank)[0]
     assert "token_loss" not in plain
     assert square["token_loss"] == pytest.approx(plain["loss"], rel=1e-6)  # same weights, same batch
-    assert square["loss"] != pytest.approx(plain["loss"], rel=1e-4)
+    assert square["loss"] != pytest.approx(plain["loss"], rel=2e-5)  # far above rounding
     assert square["labelled_tokens"] == plain["labelled_tokens"]
 
 
