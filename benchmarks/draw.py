@@ -4,10 +4,9 @@
 
 The index is real in its format and simulated in its size: five sources, whose shards are links to one index of 50,000
 rows each, a billion rows in all, opened and read by the code that a run uses. "Position" is how many samples have been
-drawn; "resumed" goes on as from a checkpoint in the middle of a run, where the main part of the window before is
-planned once more. Memory is what the process has more than after its imports: resident, at its peak. Shards of a source
+drawn; behind the first window, it goes on as from a checkpoint in the middle of a run, where the main part of the window
+before is planned once more. Memory is what the process has more than after its imports: resident, at its peak. Shards of a source
 are links to one, which the system holds in memory: with as many files as shards, the disk's part comes on top.
-"headers": from data.plan_cache, filled by the row before.
 
 Mixing compares windows of 65,536 draws of the largest source with a full shuffle of it: from how many blocks of
 neighbouring rows a window comes, how often draws that follow each other come from the same block (1 = as by chance in a
@@ -98,15 +97,13 @@ def write_index(folder: Path) -> None:
                 os.link(path_of(first), path_of(link))
 
 
-def measure_start(
-    folder: Path, position: int, unit: MixtureUnit, cache: str | None, resumed: bool
-) -> dict[str, object]:
+def measure_start(folder: Path, position: int, unit: MixtureUnit) -> dict[str, object]:
     """Open the corpus and plan the first batches behind ``position``, in this process."""
     resting = _resident_mb()
     began, processor = time.perf_counter(), time.process_time()
     sources = {name: SourceSettings([str(folder / name / "*.tar")]) for name in SHARES}
     resolution = ResolutionSettings(image_max_tokens=2048, video_max_tokens=8192)
-    corpus = Corpus.open(sources, folder, resolution, cache=cache)
+    corpus = Corpus.open(sources, folder, resolution)
     opened = time.perf_counter()
     budget = Budget(TOKENS, 4 * TOKENS)
     plan = Plan(
@@ -124,7 +121,7 @@ def measure_start(
     )
     each = 1 if unit == MixtureUnit.samples else 1000
     spent, before_spent = (tuple(each * count for count in counts) for counts in (drawn, before))
-    window, none = position // WINDOW if resumed else 0, (0,) * len(drawn)
+    window, none = position // WINDOW, (0,) * len(drawn)
     state = PlanState(plan.fingerprint, 0, window, 0, drawn, none, spent, 0, before, before_spent, 0)
     batches = plan.batches(state)
     next(batches)
@@ -188,15 +185,12 @@ def main() -> None:
         folder = Path(name)
         write_index(folder)
         units = (MixtureUnit.samples, MixtureUnit.tokens)
-        cases = [(unit, position, "no", bool(position)) for unit in units for position in POSITIONS]
-        cases += [(MixtureUnit.samples, POSITIONS[-1], cache, False) for cache in ("empty", "headers")]
-        for unit, position, cache, resumed in cases:
-            where = None if cache == "no" else str(folder / "cache")
-            arguments = json.dumps([name, position, unit.value, where, resumed])
+        cases = [(unit, position) for unit in units for position in POSITIONS]
+        for unit, position in cases:
+            arguments = json.dumps([name, position, unit.value])
             command = [sys.executable, "-m", "benchmarks.draw", arguments]  # a process each: memory is that of one
             found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            case = {"position": position, "mixture by": unit.value, "cache": cache, "resumed": resumed}
-            result.add({**case, **json.loads(found)})
+            result.add({"position": position, "mixture by": unit.value, **json.loads(found)})
     mixing = Result("draw_mixing", __doc__ or "")
     for shards, group in product(MIXED_SHARDS, GROUPS):
         mixing.add(measure_mixing(shards, *group))
@@ -206,7 +200,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        where, at, what, kept, again = json.loads(sys.argv[1])
-        print(json.dumps(measure_start(Path(where), at, MixtureUnit(what), kept, again)))
+        where, at, what = json.loads(sys.argv[1])
+        print(json.dumps(measure_start(Path(where), at, MixtureUnit(what))))
     else:
         main()
