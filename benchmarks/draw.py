@@ -4,9 +4,10 @@
 
 The index is real in its format and simulated in its size: five sources, whose shards are links to one index of 50,000
 rows each, a billion rows in all, opened and read by the code that a run uses. "Position" is how many samples have been
-drawn; behind the first window, it goes on as from a checkpoint in the middle of a run, where the main part of the window
-before is planned once more. Memory is what the process has more than after its imports: resident, at its peak. Shards of a source
-are links to one, which the system holds in memory: with as many files as shards, the disk's part comes on top.
+drawn; behind the first window, it goes on as from a checkpoint in the middle of a run, where the main part of the
+window before is planned once more. Memory is what the process has more than after its imports: resident, at its peak.
+Shards of a source are links to one, which the system holds in memory: with as many files as shards, the disk's part
+comes on top. Processor time tells more than seconds do where other programs run.
 
 Mixing compares windows of 65,536 draws of the largest source with a full shuffle of it: from how many blocks of
 neighbouring rows a window comes, how often draws that follow each other come from the same block (1 = as by chance in a
