@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from data_tools.decode_options import add_decode_arguments, decode_limits_from
+from data_tools.index_cmd import NO_TENSORS
 from data_tools.storage_options import add_storage_arguments, storage_from
 from keye_train.data.energon import LayoutFinder
 from keye_train.data.formats import parse_sample
 from keye_train.data.index import find_shards, has_index, read_columns, read_metadata
+from keye_train.data.limits import Watch, unwatched
+from keye_train.data.pool import ReaderPool
 from keye_train.data.reader import ShardReader
 from keye_train.data.storage import Storage
 from keye_train.data.tar import walk_shard
@@ -26,7 +31,8 @@ from keye_train.settings import ResolutionSettings, StorageSettings
 DESCRIPTION = """\
 Verify shards: the checksum in the index, that every byte range in the index holds the sample it names, and that every
 sample can be read. With --decode its media are decoded as training would do it, which finds media that are broken
-behind a sound header, and takes much longer.
+behind a sound header, and takes much longer; a sample that takes more than --decode-seconds or --decode-bytes, or that
+crashes its decoder, is such a problem.
 
 Prints one line for each problem: shard, key, reason. Exit status 1 when there is any.
 """
@@ -57,25 +63,67 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("shards", nargs="+", metavar="SHARD", help="paths or patterns of .tar files")
     parser.add_argument("--decode", action="store_true", help="decode all images and videos")
+    add_decode_arguments(parser)
     add_storage_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check and tell; the exit status."""
-    storage = storage_from(arguments)
+    limits, storage = decode_limits_from(arguments), storage_from(arguments)
     shards = find_shards(arguments.shards, storage)
+    decoders = ReaderPool(SampleDecoder(), 1, limits, NO_TENSORS, "free some") if arguments.decode else None
     problems = 0
-    for shard in tqdm(shards, unit="shard", desc="check"):
-        for problem in check_shard(shard, arguments.decode, storage):
-            problems += 1
-            tqdm.write("\t".join((problem.shard, problem.key, problem.reason)))
+    try:
+        for shard in tqdm(shards, unit="shard", desc="check"):
+            for problem in check_shard(shard, arguments.decode, storage, decoders):
+                problems += 1
+                tqdm.write("\t".join((problem.shard, problem.key, problem.reason)))
+    finally:
+        if decoders is not None:
+            decoders.close()
     print(f"{len(shards)} shards, {problems} problems")
     return 1 if problems else 0
 
 
-def check_shard(shard: str, decode: bool = False, storage: StorageSettings | None = None) -> Iterator[Problem]:
-    """Everything that is wrong with a shard and its index. A remote shard is fetched once, to TMPDIR."""
+Opening = tuple[SampleRef, dict[str, bytes]]
+
+
+class SampleDecoder:
+    """Decodes samples to the last pixel. Goes into a process that may be lost."""
+
+    def __call__(
+        self,
+        task: Opening,
+        given_up: Mapping[int, str] | None = None,
+        watch: Watch = unwatched,
+        memory: np.ndarray | None = None,
+    ) -> str | None:
+        """What is wrong with a sample, under limits; None: nothing."""
+        if given_up:
+            return given_up[0]
+        try:
+            with watch(0):
+                open_sample(*task, decode=True)
+        except SampleError as error:
+            return str(error)
+        return None
+
+
+def check_shard(
+    shard: str,
+    decode: bool = False,
+    storage: StorageSettings | None = None,
+    decoders: ReaderPool[Opening, str | None] | None = None,
+) -> Iterator[Problem]:
+    """Everything that is wrong with a shard and its index. A remote shard is fetched once, to TMPDIR.
+
+    Args:
+        shard: path or URL.
+        decode: decode all media, in this process and without limits where there are no ``decoders``.
+        storage: how to reach it.
+        decoders: processes of ``SampleDecoder``.
+    """
     files = Storage(storage)
     layout = LayoutFinder(files)(shard)
     with files.local_copy(shard) as local:
@@ -94,7 +142,11 @@ def check_shard(shard: str, decode: bool = False, storage: StorageSettings | Non
                     _, members = reader.read(shard, row)
                     if members != raw.members:
                         yield Problem(shard, raw.key, "the offsets in .tar.idx point elsewhere: index the shard again")
-                open_sample(SampleRef("", shard, raw.key), members, decode)
+                ref = SampleRef("", shard, raw.key)
+                if not decode or decoders is None:
+                    open_sample(ref, members, decode)
+                elif (reason := decoders.submit((ref, members)).result()) is not None:
+                    raise SampleError(reason)
             except SampleError as error:
                 yield Problem(shard, raw.key, str(error))
         reader.close()

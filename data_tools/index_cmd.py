@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from data_tools.decode_options import LIMITS, add_decode_arguments, decode_limits_from
 from data_tools.storage_options import add_storage_arguments, storage_from
 from keye_train.data.index import (
     ShardHeader,
@@ -31,9 +32,6 @@ from keye_train.settings import StorageSettings
 
 NO_TENSORS = 4096
 """Bytes of shared memory for processes that send none: a page, which is the least."""
-
-LIMITS = DecodeLimits(60.0, 4 * 2**30, "--decode-seconds", "--decode-bytes")
-"""Of one sample: a header takes milliseconds."""
 
 DESCRIPTION = """\
 Write the index of each shard: SHARD.tar.index.parquet (key, byte range, text tokens, media sizes, task),
@@ -79,12 +77,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="N",
         help="processes (%(default)s); 0: this one, without limits",
     )
-    parser.add_argument(
-        "--decode-seconds", type=float, default=LIMITS.seconds, metavar="S", help="CPU time of a sample (%(default)g)"
-    )
-    parser.add_argument(
-        "--decode-bytes", type=int, default=LIMITS.memory_bytes, metavar="N", help="memory of a sample (%(default)s)"
-    )
+    add_decode_arguments(parser)
     parser.add_argument("--force", action="store_true", help="index also the shards whose index seems to fit")
     add_storage_arguments(parser)
     parser.set_defaults(run=run)
@@ -92,9 +85,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Index and tell; the exit status."""
-    if arguments.workers < 0 or not arguments.decode_seconds > 0 or arguments.decode_bytes < 2**20:
-        raise ValueError("--workers is at least 0, --decode-seconds above 0, --decode-bytes at least 1048576 (1 MiB)")
-    storage = storage_from(arguments)
+    if arguments.workers < 0:
+        raise ValueError("--workers is at least 0")
+    limits, storage = decode_limits_from(arguments), storage_from(arguments)
     shards = find_shards(arguments.shards, storage)
     fingerprint = tokenizer_fingerprint(arguments.tokenizer)
     files = Storage(storage)
@@ -105,7 +98,6 @@ def run(arguments: argparse.Namespace) -> int:
     files.close()
     # The largest first, so that no process is left alone with one at the end.
     todo = sorted((s for s, done in zip(shards, fresh, strict=True) if not done), key=lambda s: -sizes[s])
-    limits = DecodeLimits(arguments.decode_seconds, arguments.decode_bytes, "--decode-seconds", "--decode-bytes")
     samples, done_bytes = 0, sum(sizes.values()) - sum(sizes[shard] for shard in todo)
     with tqdm(total=sum(sizes.values()), initial=done_bytes, unit="B", unit_scale=True, desc="index") as bar:
         headers = index_shards(todo, arguments.tokenizer, arguments.workers, storage, limits)

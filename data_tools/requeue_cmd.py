@@ -14,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools.check import open_sample
-from data_tools.index_cmd import LIMITS, NO_TENSORS, index_shards
+from data_tools.decode_options import add_decode_arguments, decode_limits_from
+from data_tools.index_cmd import NO_TENSORS, index_shards
 from data_tools.shards import write_shard
 from data_tools.storage_options import add_storage_arguments, storage_from
 from keye_train import runs
@@ -31,8 +32,10 @@ Read the samples of quarantine lists once more, after their shards were mended a
 now, media decoded and all, go into a new shard with its index: a source for the next run, so that what was left out is
 trained on after all. A sample is found by its key in the shard of that name.
 
---left FILE writes those that still cannot be read as a new quarantine list, each with its reason of now. Exit status 1
-when there are any.
+--left FILE writes those that still cannot be read as a new quarantine list, each with its reason of now; one whose key
+is gone stands there as it was, so it excludes nothing in the mended shard. Exit status 1 when there are any.
+
+Decoding is held to --decode-seconds and --decode-bytes, in a process that may be lost.
 """
 EXAMPLES = """\
 examples:
@@ -56,20 +59,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--out", required=True, type=Path, metavar="SHARD", help="the new .tar")
     parser.add_argument("--tokenizer", required=True, type=Path, metavar="DIR", help="folder: model.tokenizer")
     parser.add_argument("--left", type=Path, metavar="FILE", help="list of those that still cannot be read")
+    add_decode_arguments(parser)
     add_storage_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Read again and tell; the exit status."""
-    storage = storage_from(arguments)
+    limits, storage = decode_limits_from(arguments), storage_from(arguments)
     entries = [entry for file in arguments.lists for entry in read_list(file)]
     places = find_places(entries, arguments.tokenizer, storage)
     left: list[Entry] = [
         {**entry, "reason": "its shard has no sample of that key"} for entry, row in places if row is None
     ]
     found = [(entry, row) for entry, row in places if row is not None]
-    pool = ReaderPool(SampleOpener(storage), 1, LIMITS, NO_TENSORS, "free some")
+    pool = ReaderPool(SampleOpener(storage), 1, limits, NO_TENSORS, "free some")
     try:
         written = write_shard(arguments.out, _readable(pool, found, left)).samples
     finally:
@@ -90,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def find_places(entries: Sequence[Entry], tokenizer: Path, storage: StorageSettings) -> list[tuple[Entry, int | None]]:
-    """Each sample with its checksum and row of now; row None where its key is no longer there.
+    """Each sample with its checksum and row of now; as it was, and row None, where its key is no longer there.
 
     Raises:
         ValueError: a shard has no index, or a stale one.
@@ -106,7 +110,8 @@ def find_places(entries: Sequence[Entry], tokenizer: Path, storage: StorageSetti
         for entry in own:
             same = entry["sha256"] == sha256  # the shard is as it was: keys that come twice are told apart
             row = entry["row"] if same else rows.get(entry["key"])
-            places.append(({**entry, "sha256": sha256, "row": entry["row"] if row is None else row}, row))
+            # The old row under the new checksum would name another sample.
+            places.append((entry if row is None else {**entry, "sha256": sha256, "row": row}, row))
     return places
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,17 +10,22 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from PIL import Image
 from toy_shards import mixed_samples, picture, toy_resolution
+from transformers import PreTrainedTokenizerFast
 
-from data_tools.check import check_shard
+from data_tools.check import SampleDecoder, check_shard
 from data_tools.cli import main
+from data_tools.requeue_cmd import find_places
+from data_tools.shards import sample_key, write_shard
 from data_tools.stats import histogram, summarise
 from keye_train.data.corpus import Corpus
 from keye_train.data.formats import parse_sample
-from keye_train.data.index import index_path, open_header, read_columns
+from keye_train.data.index import build_index, index_path, open_header, read_columns, tokenizer_fingerprint
+from keye_train.data.quarantine import Quarantine
 from keye_train.data.reader import walk_shard
 from keye_train.sample import Sample, SampleRef
-from keye_train.settings import SourceSettings
+from keye_train.settings import SourceSettings, StorageSettings
 
 MakeShard = Callable[..., Path]
 
@@ -92,7 +98,7 @@ def test_check_passes_good_shards_and_names_bad_samples(
     tmp_path: Path, make_shard: MakeShard, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = make_shard(tmp_path / "good.tar", mixed_samples(8))
-    assert keye_data("check", good, "--decode") == 0
+    assert list(check_shard(str(good), decode=True)) == []
     samples = mixed_samples(8)
     samples[2] = {"json": b"{"}
     samples[5] = {"jpg": picture(80, 60)[:-1500], "txt": b"cut off behind its header"}
@@ -104,6 +110,24 @@ def test_check_passes_good_shards_and_names_bad_samples(
     assert "1 problems" in capsys.readouterr().out
 
 
+def test_check_holds_decoders_to_limits(
+    tmp_path: Path, make_shard: MakeShard, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (4000, 4000)).save(file, "PNG")  # 48 MB of pixels
+    samples = [{"jpg": picture(40, 40)}, {"png": file.getvalue()}, {"jpg": picture(80, 60)[:-1500]}]
+    shard = make_shard(tmp_path / "large.tar", [{**members, "txt": b"a pair"} for members in samples])
+    assert keye_data("check", shard, "--decode", "--decode-bytes", 2**25) == 1
+    printed = capsys.readouterr()
+    lines = [line.split("\t")[1:] for line in (printed.out + printed.err).splitlines() if line.startswith(str(shard))]
+    assert [key for key, _ in lines] == ["000000001", "000000002"]
+    assert lines[0][1] == "decoding takes more than --decode-bytes=33554432 of memory"
+    assert "broken image" in lines[1][1]
+    # One that brought its process down comes back with the reason.
+    assert SampleDecoder()((SampleRef("", "", ""), {}), {0: "SIGSEGV"}) == "SIGSEGV"
+    assert "--decode-seconds is above 0" in str(keye_data("check", shard, "--decode", "--decode-seconds", 0))
+
+
 def test_check_finds_a_changed_byte(tmp_path: Path, make_shard: MakeShard) -> None:
     shard = make_shard(tmp_path / "a.tar", [{"txt": b"hello"}])
     shard.write_bytes(shard.read_bytes().replace(b"hello", b"jello"))
@@ -112,6 +136,26 @@ def test_check_finds_a_changed_byte(tmp_path: Path, make_shard: MakeShard) -> No
     ]
     index_path(shard).unlink()
     assert [problem.reason for problem in check_shard(str(shard))] == ["no index: run keye-data index"]
+
+
+# ------------------------------------------------------------------------------------------------------- requeue
+
+
+def test_a_list_of_what_is_left_excludes_no_other_sample_of_a_mended_shard(
+    tmp_path: Path, make_shard: MakeShard, tokenizer: PreTrainedTokenizerFast, tokenizer_dir: Path
+) -> None:
+    shard = make_shard(tmp_path / "a.tar", [{"txt": f"text {number}".encode()} for number in range(6)])
+    old = open_header(str(shard), tokenizer_dir).sha256
+    line = {"source": "a", "shard": str(shard), "reason": "broken", "sha256": old}
+    entries = [{**line, "key": sample_key(row), "row": row} for row in (2, 4)]
+    write_shard(shard, ((sample_key(number), {"txt": b"mended"}) for number in (0, 1, 3, 4, 5)))  # 2 is gone
+    build_index(shard, tokenizer, tokenizer_fingerprint(tokenizer_dir))
+    places = find_places(entries, tokenizer_dir, StorageSettings())
+    assert [row for _, row in places] == [None, 3]
+    left = tmp_path / "left.jsonl"
+    left.write_text("".join(json.dumps(entry) + "\n" for entry, _ in places))
+    (source,) = Corpus.open({"a": SourceSettings([str(shard)])}, tokenizer_dir, toy_resolution()).sources.values()
+    assert Quarantine([str(left)]).rows(source) == {3: "quarantined (broken)"}  # where key 4 stands now
 
 
 # --------------------------------------------------------------------------------------------------------- stats
