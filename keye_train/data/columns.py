@@ -236,7 +236,8 @@ class BlockStore:
             media, text, cuts = facts.media_of(row), int(facts.rows["text_tokens"][row]), facts.cuts_of(row)
             if (pair_tokens := self._measuring.pair_tokens) is not None:
                 text, cuts = pair_tokens, []
-            found = fit_sample(text, cuts[:MOST_ANSWERS], media, self._measuring.resolution, fitting)
+            pair = pair_tokens is not None
+            found = fit_sample(text, cuts[:MOST_ANSWERS], media, self._measuring.resolution, fitting, pair)
             if found is not None:
                 rows[place] = (found.patches_squared, found.tokens, found.patches, *found.fit[::-1], True)
 

@@ -25,7 +25,8 @@ ROW = np.dtype(
     ]
 )
 
-MAGIC = b"keyesz03"
+MAGIC = b"keyesz04"
+"""Its number goes up whenever the same index and settings give other rows."""
 HEAD = struct.Struct("<8sqq")
 
 

@@ -161,7 +161,7 @@ class PackReader:
             sample = parse_sample(SampleRef(task.source, task.shard, key), members)
             if self.objective == Objective.contrastive:
                 encoded = self.processor.encode_pair(sample, task.fit, out)
-                tokens = task.tokens
+                tokens = encoded.text_ids.numel()
             else:
                 encoded = self.processor.encode(sample, task.fit, out)
                 tokens = len(encoded.input_ids)

@@ -52,6 +52,7 @@ def fit_sample(
     media: Sequence[MediaInfo],
     resolution: ResolutionSettings,
     fitting: Fitting,
+    pair: bool = False,
 ) -> Fitted | None:
     """Make a sample fit into an empty pack with the least change that the policy allows.
 
@@ -64,6 +65,7 @@ def fit_sample(
         media: in the order in which the conversation mentions them; each has a grid at this resolution.
         resolution: of the recipe.
         fitting: the policy.
+        pair: of Stage 0, where an image goes into no sequence: it takes patches and no tokens.
 
     Returns:
         None where nothing that is allowed makes it fit.
@@ -76,7 +78,11 @@ def fit_sample(
     passes = [downscale] if fitting.ways[0] == Overlong.downscale else [False, *([True] if downscale else [])]
     for smaller in passes:
         for answers, text, count in ends:
-            room = min(fitting.budget.max_tokens - text, fitting.budget.max_patches // 4)
+            left, room = fitting.budget.max_tokens - text, fitting.budget.max_patches // 4
+            if not pair:
+                room = min(left, room)
+            elif left < 0:
+                continue
             found: tuple[list[int], int] | None = whole[:count], 0
             if sum(whole[:count]) > room:
                 found = _downscaled(media[:count], whole[:count], room, resolution, fitting.least) if smaller else None
@@ -84,7 +90,7 @@ def fit_sample(
                 tokens, limit = found
                 patches = [4 * own for own in tokens]
                 squared = sum(own * own for own in patches)
-                return Fitted(Fit(answers, limit), text + sum(tokens), sum(patches), squared)
+                return Fitted(Fit(answers, limit), text + (0 if pair else sum(tokens)), sum(patches), squared)
     return None
 
 

@@ -23,7 +23,7 @@ from keye_train.model.media_options import MediaRequest
 from keye_train.model.sample_encoder import WHOLE, SampleEncoder
 from keye_train.model.video import probe_video
 from keye_train.sample import Fit, Sample, SampleRef
-from keye_train.settings import Overlong, ResolutionSettings, SettingsError, SourceSettings, TrainSettings
+from keye_train.settings import Objective, Overlong, ResolutionSettings, SettingsError, SourceSettings, TrainSettings
 
 MakeShard = Callable[..., Path]
 DOWN, CUT = Overlong.downscale, Overlong.truncate
@@ -155,6 +155,27 @@ def test_readers_carry_out_what_the_plan_decided(
         for cached.data.workers in (0, 1):  # the second finds the sizes that the first has kept
             with make_loader(cached) as loader:
                 assert_same(list(loader), after)
+
+
+def test_pairs_pay_in_patches_only(tmp_path: Path, make_shard: MakeShard, tokenizer_dir: Path) -> None:
+    """Stage 0: the image goes into no sequence, so a pair that was made fit counts the tokens of its caption alone."""
+    pairs: list[Members] = [{"jpg": IMAGES[f"{n % 5}.jpg"], "txt": b"a pair"} for n in range(20)]
+    sources = {"a": SourceSettings([str(make_shard(tmp_path / "pairs.tar", pairs))])}
+    toy = toy_settings(
+        sources,
+        tokenizer_dir,
+        objective=Objective.contrastive,
+        resolution=RESOLUTION,
+        overlong=[DOWN],
+        steps=4,
+        max_tokens=40,  # less than the tokens of caption and image together
+        max_patches=240,
+    )
+    steps = read_all(toy)
+    packs = [pack for step in steps for pack in step.packs]
+    assert not [drop for step in steps for drop in step.dropped]
+    assert sum(pack.changed for pack in packs) > 5
+    assert all(pack.tokens == 16 * len(pack.refs) == round(40 * pack.fill) for pack in packs)
 
 
 def test_a_source_may_have_its_own_policy(tmp_path: Path, make_shard: MakeShard, tokenizer_dir: Path) -> None:
