@@ -11,9 +11,13 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 
+from keye_train.data import balance as batching
+from keye_train.data import exchange, packing
+from keye_train.data import window as windows
 from keye_train.data.columns import BLOCK_ROWS
 from keye_train.data.corpus import SCAN_ROWS, Corpus, Source
 from keye_train.data.cost import PackCost
@@ -44,8 +48,9 @@ log = logging.getLogger(__name__)
 AT_THE_END = "the data ended before a global batch was full"
 """Reason of the samples that are left when every source has had its last epoch."""
 
-PLAN_VERSION = 2
-"""Goes up whenever the same recipe and data give other global batches: no run goes on across it."""
+PLAN_VERSION = 3
+"""Goes up whenever the same recipe and data give other global batches: no run goes on across it. A test keeps a digest
+of toy plans. The constants of the planner need no new version: the fingerprint has them, see ``_constants``."""
 
 ENOUGH_BATCHES = 8
 """Global batches in a window below which the plan warns: too few packs to find like ones among."""
@@ -103,6 +108,7 @@ class Plan:
         self._warned = False
         described = [
             PLAN_VERSION,
+            _constants(),
             corpus.fingerprint(),
             {name: str(weights.get(name, 0.0)) for name in self.mixture.sources},
             repr(rules),
@@ -215,9 +221,10 @@ class Plan:
             raise ValueError(
                 "the checkpoint's data position belongs to another plan: the data, their filters, epochs, mixture or "
                 "curriculum, data.window_samples, data.resolution, data.overlong, data.downscale_least, "
-                "data.balance_packs, data.shuffle_block_rows, data.shuffle_group_blocks, stage.max_tokens, "
-                "stage.max_patches, stage.global_batch_packs, stage.trainable, the model or seed has changed. Restore "
-                "them, or start a new run in another run_dir"
+                "data.quarantine, data.cost_file, data.balance_packs, data.shuffle_block_rows, "
+                "data.shuffle_group_blocks, stage.max_tokens, stage.max_patches, stage.global_batch_packs, "
+                "stage.trainable, the model, seed or the version of this program has changed. Restore them, or start a "
+                "new run in another run_dir"
             )
         dropped: tuple[Dropped, ...] = ()
         none = (0,) * len(self.sources)
@@ -270,6 +277,16 @@ class Plan:
                 ENOUGH_BATCHES,
                 self.window_samples * -(-ENOUGH_BATCHES // batches),
             )
+
+
+def _constants() -> dict[str, str]:
+    """Every number in the code that decides which samples share packs and batches, by its name."""
+    return {
+        f"{module.__name__}.{name}": repr(value)
+        for module in (batching, exchange, packing, windows)
+        for name, value in sorted(vars(module).items())
+        if name.isupper() and isinstance(value, int | float | tuple | Fraction)
+    }
 
 
 def _with_end(last: GlobalBatch, end: _End) -> GlobalBatch:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections import Counter
 from dataclasses import asdict
+from fractions import Fraction
 from itertools import islice, pairwise
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,15 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keye_train.compose import load_settings
+from keye_train.data import balance, exchange, packing, window
 from keye_train.data.corpus import Corpus, Sizes, Source
 from keye_train.data.cost import PackCost, language_cost, training_cost
+from keye_train.data.draw import DrawRules
 from keye_train.data.index import ShardHeader
 from keye_train.data.mixture import Shuffle, shuffled
 from keye_train.data.packing import Budget
-from keye_train.data.plan import GlobalBatch, Plan, PlanState, assign
+from keye_train.data.plan import PLAN_VERSION, GlobalBatch, Plan, PlanState, assign
 from keye_train.model.configuration import KeyeConfig, keye_config
 from keye_train.model.flops import FlopCoefficients, pack_flops
-from keye_train.settings import ResolutionSettings, TrainSettings
+from keye_train.settings import MixtureUnit, ResolutionSettings, TrainSettings
 
 
 def toy_source(name: str, rows: int, seed: int, errors: dict[int, str] | None = None) -> Source:
@@ -217,8 +222,59 @@ def test_the_cost_of_a_pack_of_pairs_counts_both_towers_and_the_decoder() -> Non
 
 def test_a_state_of_another_plan_is_refused() -> None:
     _, state = next(toy_plan().batches())
-    with pytest.raises(ValueError, match="belongs to another plan"):
+    with pytest.raises(ValueError, match="belongs to another plan") as refused:
         next(toy_plan(seed=1).batches(state))
+    for setting in ("data.overlong", "data.quarantine", "data.cost_file", "data.balance_packs"):
+        assert setting in str(refused.value)
+
+
+PLANNED = 3, "db176ef6375214e9"
+"""``PLAN_VERSION``, and what toy plans give by it."""
+
+
+def planned() -> str:
+    """Digest of some batches of plans of several kinds."""
+    found = hashlib.sha256()
+    for packs, balance_packs, samples, unit, steps in (
+        (64, 64, 3000, MixtureUnit.samples, 6),
+        (32, 8, 2000, MixtureUnit.tokens, 6),
+        (4, None, 200, MixtureUnit.compute, 8),
+    ):
+        sources = {name: toy_source(name, rows, rows) for name, rows in (("a", 1500), ("b", 600), ("c", 90))}
+        corpus, weights = Corpus(sources, ResolutionSettings()), {"a": 0.6, "b": 0.3, "c": 0.1}
+        rules = DrawRules(unit, block_rows=16, group_blocks=8)
+        plan = Plan(corpus, weights, Budget(512, 1400), packs, samples, 0, TOY_COST, rules, balance_packs)
+        for batch, _ in islice(plan.batches(), steps):
+            members = [[(sample.source, sample.row) for sample in pack.samples] for pack in batch.packs]
+            found.update(repr(members).encode())
+    return found.hexdigest()[:16]
+
+
+def test_other_batches_are_another_version() -> None:
+    assert (PLAN_VERSION, planned()) == PLANNED, (
+        "the same recipe and data give other global batches than by the version in PLANNED: raise plan.PLAN_VERSION, "
+        "so that no run goes on across the change, and put both here"
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [
+        (balance, "TOLERANCE", 0.08),
+        (balance, "FILLERS", Fraction(2, 64)),
+        (exchange, "COLLECTORS", (2, 4)),
+        (packing, "TIGHT_SHARE", 0.3),
+        (window, "RESERVE", 0.01),
+        (window, "REST", 64),
+        (window, "FLOPS_PER_UNIT", 10),
+    ],
+)
+def test_other_constants_of_the_planner_are_another_plan(
+    module: ModuleType, name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = toy_plan().fingerprint
+    monkeypatch.setattr(module, name, value)
+    assert toy_plan().fingerprint != before
 
 
 def test_impossible_mixtures_are_refused_at_the_start() -> None:
