@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +16,8 @@ DESCRIPTION = """\
 Fit the cost of packs on the step times of a run, so that a plan balances time and not operations alone: seconds for
 each token, each pair of tokens of a sample, each patch and each pair of patches of an image or video, none below 0, and
 a constant for each step. Plans the run once more; its shards' indexes must be those of the run. Logged steps count
-(logging.every_steps=1 gives most), less the time spent waiting for data; the first two and outliers are left out.
+(logging.every_steps=1 gives most), less the time spent waiting for data; the first two and outliers are left out, and
+of a run that went on with another number of ranks all but the steps of that number that has most of them.
 
 Prints how well the times are told, beside the cost that the model's config counts. The file is for data.cost_file of
 runs of the same model and stage on machines like the one that was measured: another model, or another choice of what is
@@ -45,13 +47,29 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(arguments: argparse.Namespace) -> int:
     """Fit and tell; the exit status."""
     settings, plan = run_plan(arguments.folder)
-    world_size = int(runs.read_json(arguments.folder / runs.MANIFEST)["world_size"])
-    seconds = step_seconds(runs.read_jsonl(arguments.folder / runs.METRICS))
+    world_size, seconds, others = most_steps(step_seconds(runs.read_jsonl(arguments.folder / runs.METRICS)))
     fit = fit_cost(plan, config_cost(settings), world_size, seconds)
+    if others:
+        print(f"steps of {world_size} ranks; {others} steps of another number are left out")
     print(text_table(fit))
     if arguments.out:
         fit.write(arguments.out)
     return 0
+
+
+def most_steps(by_world_size: Mapping[int, dict[int, float]]) -> tuple[int, dict[int, float], int]:
+    """The number of ranks that has most steps, their seconds, and how many steps the others have.
+
+    Raises:
+        ValueError: there are no steps.
+    """
+    if not by_world_size:
+        raise ValueError(
+            f"{runs.METRICS} has no step with its step_s and world_size: name a run that logged some, by this version"
+        )
+    world_size = max(by_world_size, key=lambda ranks: (len(by_world_size[ranks]), ranks))
+    own = by_world_size[world_size]
+    return world_size, own, sum(map(len, by_world_size.values())) - len(own)
 
 
 def text_table(fit: CostFit) -> str:

@@ -149,6 +149,14 @@ def _quality(told: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
     return 1 - rest / spread if spread else 0.0, float((abs(told - measured) / measured).mean())
 
 
-def step_seconds(rows: Iterable[dict[str, Any]]) -> dict[int, float]:
-    """Step, from 0 -> its seconds without waiting for data, from the rows of metrics.jsonl."""
-    return {int(row["step"]) - 1: float(row["step_s"]) - float(row["data_wait_s"]) for row in rows if "step_s" in row}
+def step_seconds(rows: Iterable[dict[str, Any]]) -> dict[int, dict[int, float]]:
+    """Number of ranks -> step, from 0 -> its seconds without waiting for data, from the rows of metrics.jsonl.
+
+    A run may go on with another number of ranks: its steps then have other micro-steps, and other seconds.
+    """
+    seconds: dict[int, dict[int, float]] = {}
+    for row in rows:
+        if "step_s" in row and "world_size" in row:
+            own = seconds.setdefault(int(row["world_size"]), {})
+            own[int(row["step"]) - 1] = float(row["step_s"]) - float(row["data_wait_s"])
+    return seconds

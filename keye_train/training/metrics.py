@@ -104,6 +104,7 @@ class StepMetrics:
             "balance": data.balance,
             "tokens_per_s": counts.tokens / step_s,
             "step_s": step_s,
+            "world_size": self._world.size,
             "skipped": counts.skipped,
             "changed": counts.changed,
         }

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_tools.fit_cost_cmd import most_steps
 from keye_train.data.corpus import Corpus, Sizes, Source
 from keye_train.data.cost import PackCost, read_cost
-from keye_train.data.fitted import CostFit, fit_cost, non_negative
+from keye_train.data.fitted import CostFit, fit_cost, non_negative, step_seconds
 from keye_train.data.index import ShardHeader
 from keye_train.data.packing import Budget
 from keye_train.data.plan import GlobalBatch, Plan, assign
@@ -88,6 +89,23 @@ def test_noise_and_outliers_do_not_lead_astray() -> None:
     fit = fit_cost(plan, CONFIG, RANKS, seconds)
     assert fit.steps == 57
     assert fit.error < 0.015
+
+
+def test_steps_of_another_number_of_ranks_are_left_out() -> None:
+    """A run of 4 ranks that went on with 2: by those steps' micro-steps the times would be told wrong."""
+    plan = plan_by(CONFIG)
+    seconds, _ = run_of(plan, 40)
+    rows = [
+        {"step": step + 1, "step_s": took + 0.5, "data_wait_s": 0.5, "world_size": RANKS} if step < 30
+        # Twice the packs of each rank, one after the other.
+        else {"step": step + 1, "step_s": 2 * took + 0.5, "data_wait_s": 0.5, "world_size": RANKS // 2}
+        for step, took in seconds.items()
+    ]  # fmt: skip
+    world_size, own, others = most_steps(step_seconds(rows))
+    assert (world_size, sorted(own), others) == (RANKS, list(range(30)), 10)
+    assert fit_cost(plan, CONFIG, world_size, own).r2 > 0.99
+    with pytest.raises(ValueError, match="world_size"):
+        most_steps(step_seconds([{"step": 1, "step_s": 1.0, "data_wait_s": 0.0}]))
 
 
 def test_too_few_steps_are_told() -> None:
