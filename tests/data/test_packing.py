@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keye_train.data.exchange import close_gaps
 from keye_train.data.packing import Budget, pack_samples
 
 SAMPLES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 300)), max_size=200)
@@ -32,6 +33,46 @@ def test_nothing_lost_nothing_twice_budgets_kept(
     assert [int(own_tokens[pack].sum()) for pack in members] == packing.sums(own_tokens).tolist()
     assert all(total <= tokens for total in packing.sums(own_tokens))
     assert all(total <= patches for total in packing.sums(own_patches))
+
+
+@given(SAMPLES, st.integers(2, 40), st.integers(0, 3), st.integers(0, 1000))
+@settings(max_examples=150, deadline=None)
+def test_closing_gaps_keeps_budgets_and_loses_nothing(
+    samples: list[tuple[int, int]], packs: int, slack: int, seed: int
+) -> None:
+    """By itself, from any packing: samples anywhere, and rooms that are just enough or have some slack."""
+    need, other = (np.array([sample[side] for sample in samples], dtype=np.int64) for side in (0, 1))
+    before = np.random.default_rng(seed).integers(-1, packs, len(samples))
+
+    def taken(sizes: np.ndarray, pack_of: np.ndarray) -> np.ndarray:
+        return np.array([sizes[pack_of == pack].sum() for pack in range(packs)], dtype=np.int64)
+
+    budgets = taken(need, before) + slack * np.arange(packs), taken(other, before) + slack * 20
+
+    def closed() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rooms = budgets[0] - taken(need, before), budgets[1] - taken(other, before)
+        pack_of = before.copy()
+        close_gaps(need, other, *rooms, pack_of)
+        return (pack_of, *rooms)
+
+    pack_of, need_room, other_room = closed()
+    assert ((pack_of >= -1) & (pack_of < packs)).all()
+    for sizes, budget, room in ((need, budgets[0], need_room), (other, budgets[1], other_room)):
+        assert (taken(sizes, pack_of) + room == budget).all()  # what is placed and what is left over are all there is
+        assert (room >= 0).all()
+    assert need[pack_of >= 0].sum() >= need[before >= 0].sum()  # and no less is placed than before
+    for one, other_one in zip(closed(), (pack_of, need_room, other_room), strict=True):
+        assert (one == other_one).all()
+
+
+def test_closing_gaps_places_more() -> None:
+    """64 packs with a gap of 2 each, none of which takes one of the 20 samples of 8 without a place."""
+    placed = np.random.default_rng(0).integers(10, 40, 64 * 6)
+    need, pack_of = np.append(placed, np.full(20, 8)), np.append(np.repeat(np.arange(64), 6), np.full(20, -1))
+    rooms = np.full(64, 2), np.zeros(64, dtype=np.int64)
+    close_gaps(need, np.zeros_like(need), *rooms, pack_of)
+    assert (pack_of >= 0).sum() >= len(placed) + 0.75 * 2 * 64 // 8  # of 16 for which all gaps together have room
+    assert (rooms[0] > 0).sum() <= 64 // 8
 
 
 def web_like_window(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
