@@ -65,7 +65,7 @@ def encoder(tokenizer_dir: Path) -> SampleEncoder:
     return SampleEncoder.from_settings(toy.model, RESOLUTION)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     messages=conversations(),
     max_tokens=st.integers(40, 900),

@@ -278,7 +278,7 @@ def test_a_sample_that_hangs_its_decoder_is_shown_with_that_reason(
     with GuardedReader(settings, encoder) as reader:
         album = Album(settings, encoder, reader, 10**6)
         spin, fine = (album.card(ReadTask("a", str(shard), row, row, 0, 0), 0) for row in range(2))
-    assert "data.decode_seconds=1 s of CPU time" in spin.problem
+    assert "data.decode_seconds=1" in spin.problem  # of CPU time, or on a busy machine by the clock
     assert not fine.problem
     assert (spin.key, fine.key) == ("000000000", "000000001")
 
