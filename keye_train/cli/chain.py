@@ -21,7 +21,8 @@ command again to go on after an interruption.
   keye-pipeline pipeline=demo out=runs/other
 """
 MERGE_HELP = """\
-Average models, a piece of a tensor at a time: float64 sums, rounded once, in less than 1 GB of memory for any size.
+Average models, a piece of a tensor at a time: float64 sums, rounded once. As many threads run as
+fit in 512 MiB, whatever the size of the models; from about 140 models (75 with a base) on, one thread takes more.
 
   keye-merge models=[runs/demo/stage3_a,runs/demo/stage3_b] out=runs/merged
   keye-merge merge=weighted models=[a,b] weights=[0.7,0.3] out=runs/merged dtype=bfloat16

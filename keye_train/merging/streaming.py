@@ -1,14 +1,15 @@
 """The engine: many threads read, merge and write pieces of tensors; the files have the same bits for any number.
 
 Knowing all headers, the whole output is laid out before the first value is read. So a piece of the result has its place
-whoever computes it, memory stays at a few pieces for models of any size, and SHA-256 of a file is taken in order while
-later pieces are computed.
+whoever computes it, memory stays at a few pieces of each model, and SHA-256 of a file is taken in
+order while later pieces are computed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import queue
@@ -42,9 +43,11 @@ __all__ = [
     "write_index",
 ]
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
-BUDGET_BYTES = 256 << 20  # for the pieces of all threads together
+BUDGET_BYTES = 512 << 20  # for the values under way in all threads together
 FLUSH_BYTES = 128 << 20  # written before the disk is told to begin; the rest of its cache is then never large
 
 
@@ -93,18 +96,51 @@ def write_index(folder: Path, shards: dict[str, list[PlannedTensor]]) -> None:
     (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def thread_bytes(models: int, has_base: bool, itemsize: int, blocks: int) -> int:
+    """Most memory that one thread's share of the work takes, for pieces of ``blocks`` blocks.
+
+    Args:
+        models: pieces that one piece of work reads, that of the base included.
+        has_base: deltas to a base are formed.
+        itemsize: largest of the types, in bytes.
+    """
+    piece = BLOCK * blocks
+    # Inputs; two results, one made and one that waits to be hashed; the magnitudes while a result is checked.
+    n_bytes = piece * itemsize * (models + 3)
+    if not has_base:
+        # Float64 of one block: values that have to be sorted are stacked, sorted and numbered; the rest is rounding.
+        return n_bytes + BLOCK * 8 * (3 * models + 8)
+    # Deltas and masks besides; TIES' sizes of a piece, and its histograms: two being made, one that waits.
+    n_bytes += BLOCK * 8 * (4 * models + models // 4 + 8) + piece * (4 * models + 40)
+    return n_bytes + 3 * models * (1 << 16) * 8
+
+
+def _fitting(threads: int, models: int, has_base: bool, itemsize: int) -> tuple[int, int]:
+    """Threads, and blocks of a piece: as many, and as large, as fit in BUDGET_BYTES; at least one of each."""
+    blocks = max(1, PIECE_ELEMENTS // BLOCK)
+    while blocks > 1 and threads * thread_bytes(models, has_base, itemsize, blocks) > BUDGET_BYTES:
+        blocks //= 2
+    return max(1, min(threads, BUDGET_BYTES // thread_bytes(models, has_base, itemsize, blocks))), blocks
+
+
 class Workers:
     """Threads that work on pieces; use as a context manager.
 
     Args:
-        threads: how many; 0: twice the processors, so that some compute while others wait for the disk.
-        models: pieces that one piece of work reads.
+        threads: how many; 0: twice the processors, so that some compute while others wait for the disk. Fewer run where
+            so many would not fit in BUDGET_BYTES.
+        models: pieces that one piece of work reads, that of the base included.
+        has_base: deltas to a base are formed.
+        itemsize: largest of the types of these pieces, in bytes.
     """
 
-    def __init__(self, threads: int, models: int) -> None:
-        self.threads = threads or 2 * len(os.sched_getaffinity(0))
-        blocks = BUDGET_BYTES // (self.threads * (models + 4) * BLOCK * 4)
-        self.piece_elements = BLOCK * max(1, min(PIECE_ELEMENTS // BLOCK, blocks))
+    def __init__(self, threads: int, models: int, has_base: bool = False, itemsize: int = 4) -> None:
+        wanted = threads or 2 * len(os.sched_getaffinity(0))
+        self.threads, blocks = _fitting(wanted, models, has_base, itemsize)
+        if self.threads < wanted:
+            log = logger.warning if threads else logger.info
+            log("%d threads in place of %d: more do not fit in %d MiB", self.threads, wanted, BUDGET_BYTES >> 20)
+        self.piece_elements = BLOCK * blocks
         """Values of one tensor that one piece of work takes: a multiple of BLOCK."""
         self.buffers = Buffers()
         self.outputs: queue.SimpleQueue[Tensor] = queue.SimpleQueue()

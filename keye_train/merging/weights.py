@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from keye_train.merging.accounting import Accounts, Share
 from keye_train.merging.compatibility import MergeError, value_problems
-from keye_train.merging.methods import scan_values
+from keye_train.merging.methods import BLOCK, scan_values
 from keye_train.merging.reading import ExportReader
 from keye_train.merging.rules import CopyRule, LinearRule, Rule, rule_for, tensor_weights
 from keye_train.merging.streaming import PlannedTensor, ShardFile, Workers
@@ -41,8 +41,10 @@ def merge_weights(
     """
     n_bytes = sum(tensor.n_bytes for tensors in shards.values() for tensor in tensors)
     quiet = None if progress else True  # None: no bar where stderr is no terminal
+    places = [place for reader in readers for place in reader.places.values()]
+    itemsize = max((place.dtype.itemsize for place in places if place.elements >= BLOCK), default=4)
     with (
-        Workers(settings.threads, len(readers)) as workers,
+        Workers(settings.threads, len(readers), settings.base is not None, max(4, itemsize)) as workers,
         tqdm(total=n_bytes, unit="B", unit_scale=True, desc="merge", disable=quiet) as bar,
     ):
         for file, tensors in shards.items():

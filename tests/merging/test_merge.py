@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -266,3 +268,37 @@ class TestOutput:
         finally:
             os.close(lock)
         assert (partial / "model.safetensors").read_bytes() == b"growing"
+
+
+class TestMemory:
+    @pytest.mark.parametrize("has_base", [False, True])
+    @pytest.mark.parametrize("models", [2, 5, 20, 70])
+    @pytest.mark.parametrize("threads", [1, 4, 64, 512])
+    def test_threads_fit_in_the_budget(self, threads: int, models: int, has_base: bool) -> None:
+        workers = streaming.Workers(threads, models, has_base)
+        blocks = workers.piece_elements // streaming.BLOCK
+        assert workers.threads * streaming.thread_bytes(models, has_base, 4, blocks) <= streaming.BUDGET_BYTES
+        assert 1 <= workers.threads <= threads
+
+    def test_the_budget_holds_in_a_process(self, export: Export, tmp_path: Path) -> None:
+        """Sixteen threads asked for, eight models whose sums are not exact, trimmed deltas and elected signs."""
+        draw = torch.Generator().manual_seed(0)
+        values = torch.randn(1 << 19, generator=draw) * 10.0 ** torch.randint(-8, 1, (1 << 19,), generator=draw)
+        a, base = export("a", {"w": values}), export("base", {"w": torch.zeros(1 << 19)})
+        code = (
+            "import sys, re\n"
+            "from pathlib import Path\n"
+            "from keye_train.merging import merge, streaming\n"
+            "from keye_train.settings import MergeMethod, MergeSettings\n"
+            "streaming.BUDGET_BYTES = 160 << 20\n"
+            "def kib(name): return int(re.search(name + r':\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+            "before = kib('VmRSS')\n"
+            "merge(MergeSettings(models=[sys.argv[1]] * 8, base=sys.argv[2], out=sys.argv[3],\n"
+            "    method=MergeMethod.ties, weights=[1.0] * 8, threads=16), progress=False)\n"
+            "print(kib('VmHWM') - before)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(a), str(base), str(tmp_path / "out")], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) << 10 < 160 << 20
