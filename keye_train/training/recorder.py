@@ -76,7 +76,7 @@ class FlightRecorder:
         if halves:
             path, rows = halves[-1]
             self._half, self._written = int(path == self._path(1)), len(rows)
-            if rows and not path.read_bytes().endswith(b"\n"):  # the machine died while it wrote
+            if not path.read_bytes().endswith(b"\n"):  # the machine died while it wrote
                 runs.write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
         return RowFile(self._path(self._half))
 

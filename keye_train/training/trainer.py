@@ -232,10 +232,7 @@ class Trainer:
         try:
             with self._stop_request:  # before and behind it a signal ends the process at once: nothing would be lost
                 stopped_by = self._train(by)
-        except RollBack:  # no failure: all ranks live, and the run goes back once nobody saves any more
-            by.watchdog.enter(SAVE, self.state.step)
-            if self.saver is not None:
-                self.saver.wait()
+        except RollBack:  # no failure
             raise
         except Exception as error:
             by.recorder.keep(self.state.step + 1, error)

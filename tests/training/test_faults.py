@@ -101,6 +101,7 @@ class TestLossSpikes:
         left_out = [FAULT_STEP - 2, FAULT_STEP - 1]  # from 0
         (spike,) = runs.read_json(run_dir / runs.LEFT_OUT)
         assert (spike["step"], spike["left_out"]) == (FAULT_STEP, left_out)
+        assert [path.name for path in (run_dir / runs.CHECKPOINTS).glob("*.rollback-*")] == ["step-6.rollback-1"]
         assert list(rows(run_dir)) == [step for step in range(1, STEPS + 1) if step - 1 not in left_out]
         assert all(row["applied"] for row in rows(run_dir).values())
         trained = {row["step"]: row["samples"] for row in runs.read_jsonl(run_dir / runs.TRAINED)}

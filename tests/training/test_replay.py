@@ -154,16 +154,17 @@ class TestRing:
             recorder.close()
         assert len(list((tmp_path / runs.FLIGHT).iterdir())) == (1 if written <= 3 else 2)
 
-    def test_a_line_cut_off_by_a_crash_is_dropped(self, tmp_path: Path) -> None:
-        first = FlightRecorder(tmp_path, 0, steps=3)
-        first.write({"step": 0, "time": 0.0})
-        first.close()
-        with next((tmp_path / runs.FLIGHT).iterdir()).open("a") as file:
-            file.write('{"step": 1, "ti')
-        second = FlightRecorder(tmp_path, 0, steps=3)
-        second.write({"step": 1, "time": 1.0})
-        second.close()
-        check_kept(tmp_path, 2)
+    @pytest.mark.parametrize("whole", [0, 1])
+    def test_a_line_cut_off_by_a_crash_is_dropped(self, tmp_path: Path, whole: int) -> None:
+        for launch in range(2):
+            recorder = FlightRecorder(tmp_path, 0, steps=3)
+            for step in range(launch * whole, (launch + 1) * whole + launch):
+                recorder.write({"step": step, "time": float(step)})
+            recorder.close()
+            if launch == 0:
+                with next((tmp_path / runs.FLIGHT).iterdir()).open("a") as file:
+                    file.write('{"step": 1, "ti')
+        check_kept(tmp_path, 2 * whole + 1)
 
     def test_it_is_kept_when_the_run_fails(self, tmp_path: Path) -> None:
         recorder = FlightRecorder(tmp_path, 2, steps=3)

@@ -93,23 +93,6 @@ def test_a_reader_that_hangs_is_named_and_the_run_restarts(corpus: ToyCorpus, tm
     assert runs.read_json(run_dir / runs.MANIFEST)["status"] == "finished"
 
 
-def test_data_may_take_longer_than_a_step(corpus: ToyCorpus, tmp_path: Path) -> None:
-    """One of two ranks gets its data after step_s and before data_s: the other waits for it, and the run goes on."""
-    run_dir, shard = tmp_path / "run", corpus.folder / "images-0.tar"
-    limits = ("guards.watchdog.step_s=10", "guards.watchdog.data_s=120")
-
-    def long_waits() -> set[str]:
-        beats = [runs.read_json(path) for path in (run_dir / runs.HEARTBEATS).glob("*.json")]
-        return {beat["phase"] for beat in beats if beat["step"] and beat["phase_s"] > 13}
-
-    with unreachable(shard):
-        process = ranks.start(corpus.command([*ranks.torchrun(2), "-m"], STAGE, run_dir, *WATCHED, *limits))
-        wait_for(lambda: "count" in long_waits(), process)
-    ranks.finish(process, timeout_s=150)
-    assert reports(run_dir) == []
-    assert runs.read_json(run_dir / runs.MANIFEST)["status"] == "finished"
-
-
 def test_a_frozen_rank_ends_the_run_for_good(corpus: ToyCorpus, tmp_path: Path) -> None:
     """Rank 1 does not run any more: rank 0 waits in a collective and says whom it has not heard of."""
     run_dir = tmp_path / "run"
