@@ -83,7 +83,7 @@ def numbers(rows: int, longest: int, errors: dict[int, str], epochs: int | None)
     st.floats(0, 0.97),
     st.sampled_from([None, 1, 3]),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_windows_end_with_whole_batches(
     rows: int, longest: int, window: int, group: tuple[int, int], broken: float, epochs: int | None
 ) -> None:
