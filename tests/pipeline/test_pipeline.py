@@ -126,6 +126,7 @@ def test_an_interrupted_chain_goes_on_to_the_same_weights(chain: Path) -> None:
         assert ours == (chain / "runs" / "smoke" / name / "export" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_an_interrupt_behind_a_launcher_is_not_taken_for_a_failure(tmp_path: Path, chain: Path) -> None:
     (tmp_path / "data").symlink_to(chain / "data")
     output = _interrupt(tmp_path, 'launcher=[torchrun,--standalone,--nproc-per-node,"2"]')

@@ -29,7 +29,7 @@ def one_rank(toy_corpus: ToyCorpus, tmp_path_factory: pytest.TempPathFactory) ->
     return run_dir
 
 
-@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 1), (2, 2), (4, 3)])
+@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 1), (2, 2), pytest.param(4, 3, marks=pytest.mark.slow)])
 def test_every_split_gives_the_same_losses_and_gradients(
     toy_corpus: ToyCorpus, one_rank: Path, tmp_path: Path, world_size: int, zero_stage: int
 ) -> None:
