@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,10 +35,10 @@ def commit(final: Path, seals: Mapping[str, Mapping[str, Any]], documents: Mappi
     if marked or _marked(final):
         (folder / KEEP).touch()
     runs.write_json_atomic(folder / COMPLETE, {"format": FORMAT, "files": listed})
-    _sync(folder)
+    runs.sync(folder)
     if not final.exists():
         folder.rename(final)
-        _sync(final.parent)
+        runs.sync(final.parent)
         return
     # The same step again, after a fall-back. At every moment one of the two is whole: the one that still lies aside
     # when the process dies between the renames is put in place by clear_unfinished.
@@ -51,7 +50,7 @@ def commit(final: Path, seals: Mapping[str, Mapping[str, Any]], documents: Mappi
     except OSError:
         old.rename(final)
         raise
-    _sync(final.parent)
+    runs.sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -121,7 +120,7 @@ def clear_unfinished(folder: Path) -> None:
         final = left.with_name(left.name.removeprefix(".").removesuffix(".tmp"))
         if not final.exists() and (left / COMPLETE).exists() and fault(left) is None:
             left.rename(final)
-            _sync(folder)
+            runs.sync(folder)
         else:
             shutil.rmtree(left, ignore_errors=True)
     for left in folder.glob(f".{PREFIX}*.deleted"):
@@ -158,11 +157,3 @@ def _doomed(folder: Path) -> Path:
 
 def _marked(folder: Path) -> bool:
     return (folder / KEEP).exists()
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

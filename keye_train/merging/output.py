@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from keye_train.merging.compatibility import MergeError
-from keye_train.runs import MANIFEST, file_sha256, read_json, write_json_atomic
+from keye_train.runs import MANIFEST, file_sha256, read_json, sync, write_json_atomic
 from keye_train.settings import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -92,10 +92,10 @@ def partial_output(out: Path, identity: Mapping[str, Any]) -> Iterator[PartialOu
             files = partial.files
             yield partial
             for path in folder.iterdir():
-                _sync(path)
-            _sync(folder)
+                sync(path)
+            sync(folder)
             folder.rename(out)
-            _sync(out.parent)
+            sync(out.parent)
         except BaseException as error:
             if isinstance(error, MergeError) or not files:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -116,11 +116,3 @@ def check_room(out: Path, n_bytes: int, files: Mapping[str, Any]) -> None:
 def _no_room(out: Path, files: Mapping[str, Any]) -> str:
     kept = f"; {len(files)} finished file(s) are kept in .{out.name}.partial beside it" if files else ""
     return f"out={out}: no space left on its disk: free some and run the same command again, or choose another{kept}"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
