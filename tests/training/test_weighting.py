@@ -50,13 +50,15 @@ def test_every_split_gives_the_same_losses_and_gradients(
         torch.testing.assert_close(ours[name], expected, rtol=0, atol=2e-3)
 
 
-def test_weights_change_the_loss_and_not_what_is_counted(toy_corpus: ToyCorpus, one_rank: Path, tmp_path: Path) -> None:
-    more = ("deepspeed.zero_stage=0", "stage.steps=2", "stage.schedule.decay_steps=1")
-    assert train(toy_corpus.settings(STAGE, tmp_path, *more)) == 0
-    plain, square = rows(tmp_path)[0], rows(one_rank)[0]
+def test_weights_change_the_loss_and_not_what_is_counted(toy_corpus: ToyCorpus, tmp_path: Path) -> None:
+    # A seed whose first batch has samples of unlike loss and length: the weightings are 3e-4 apart there.
+    more = ("deepspeed.zero_stage=0", "stage.steps=2", "stage.schedule.decay_steps=1", "seed=3")
+    for name, weighting in (("plain", ()), ("square", SQUARE)):
+        assert train(toy_corpus.settings(STAGE, tmp_path / name, *more, *weighting)) == 0
+    plain, square = rows(tmp_path / "plain")[0], rows(tmp_path / "square")[0]
     assert "token_loss" not in plain
     assert square["token_loss"] == pytest.approx(plain["loss"], rel=1e-6)  # same weights, same batch
-    assert square["loss"] != pytest.approx(plain["loss"], rel=2e-5)  # far above rounding
+    assert square["loss"] != pytest.approx(plain["loss"], rel=1e-4)
     assert square["labelled_tokens"] == plain["labelled_tokens"]
 
 
