@@ -8,10 +8,11 @@ from functools import reduce
 
 import torch
 
-from keye_train.merging.compatibility import Difference, MergeError, compare, unequal, untie, value_problems
+from keye_train.merging.compatibility import Difference, MergeError, compare, unequal, value_problems
 from keye_train.merging.methods import AVERAGED_DTYPES
 from keye_train.merging.reading import ExportReader
 from keye_train.merging.streaming import PlannedTensor
+from keye_train.merging.ties import drop_doubles, untie
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Accounts:
 
     shares: dict[str, Share]  # in the order in which the first model lies on the disk
     allowed: list[Difference]
-    dropped: list[str]  # names that the first model lacks
+    dropped: list[str]  # names that the first model lacks, and second copies of a tied matrix
     untied: bool  # the result holds output matrix and embedding, whatever the first model's config says
 
 
@@ -48,7 +49,8 @@ def account(
     Raises:
         MergeError: the models differ in ways that are not allowed. All are listed, and all values that are not finite.
     """
-    untied = untie(readers) if "tied" in allow else []
+    doubles = drop_doubles(readers)
+    untied = [*doubles, *(untie(readers) if "tied" in allow else [])]
     found = [*untied, *compare(readers)]
     refused = [str(one) for one in found if one.kind not in allow]
     if refused:
@@ -59,7 +61,7 @@ def account(
         found += [one for name in readers[0].places for one in unequal(readers, name)]
     first = readers[0]
     shares = {name: _share(readers, name, has_base, "integers" not in allow, dtype) for name in first.places}
-    dropped = sorted({name for reader in readers for name in reader.places} - set(first.places))
+    dropped = sorted({name for reader in readers for name in (*reader.places, *reader.left_out)} - set(first.places))
     return Accounts(shares, found, dropped, bool(untied))
 
 

@@ -16,6 +16,7 @@ import torch
 
 from keye_train.merging.methods import AVERAGED_DTYPES, all_finite
 from keye_train.merging.reading import ExportReader
+from keye_train.runs import read_json
 from keye_train.settings import SettingsError
 
 CONFIG = "config.json"
@@ -58,10 +59,10 @@ silent guess. So they are the same, or the user says which ones the average shal
 IGNORED_BUDGET_KEYS = frozenset({"auto_map", "image_processor_type", "processor_class"})
 """Keys that say which class reads the file."""
 
+TIE = "tie_word_embeddings"
+"""Key of config.json by which output matrix and embedding are one."""
+
 _ABSENT = "absent"
-_OUTPUT_MATRIX = "lm_head.weight"
-_EMBEDDING = "embed_tokens.weight"
-_TIE = "tie_word_embeddings"
 
 
 class MergeError(SettingsError):
@@ -109,35 +110,6 @@ def compare(readers: Sequence[ExportReader]) -> list[Difference]:
 def compared_files(folder: Path) -> list[Path]:
     """The small files of an export that are compared with those of other models, as far as it has them."""
     return [folder / name for name in (CONFIG, *TEXT_FILES, *BUDGET_FILES) if (folder / name).exists()]
-
-
-def untie(readers: Sequence[ExportReader]) -> list[Difference]:
-    """Give models that tie output matrix and embedding both tensors, where others of the models do not tie.
-
-    Returns:
-        One difference of the kind "tied" for each model that was changed.
-    """
-    tied = [reader for reader in readers if _tied_embedding(reader) is not None]
-    outputs = {name for reader in readers for name in reader.places if name.endswith(_OUTPUT_MATRIX)}
-    if not tied or len(tied) == len(readers) or len(outputs) != 1:
-        return []
-    (output,) = outputs
-    changed = []
-    for reader in tied:
-        embedding = _tied_embedding(reader)
-        assert embedding is not None
-        reader.add_alias(output, embedding)
-        changed.append(Difference("tied", f"{reader.folder}: ties {output} to {embedding}, another model does not"))
-    return changed
-
-
-def _tied_embedding(reader: ExportReader) -> str | None:
-    """Name of the embedding that a model uses as its output matrix too; None where it has an output matrix."""
-    config = _flat(_read_config(reader.folder), IGNORED_CONFIG_KEYS)
-    ties = any(key.split(".")[-1] == _TIE and value == "true" for key, value in config.items())
-    if not ties or any(name.endswith(_OUTPUT_MATRIX) for name in reader.places):
-        return None
-    return next((name for name in reader.places if name.endswith(_EMBEDDING)), None)
 
 
 def value_problems(readers: Sequence[ExportReader], names: Sequence[str], equal: bool = True) -> list[str]:
@@ -203,7 +175,7 @@ def _tensor_differences(first: ExportReader, other: ExportReader) -> list[Differ
 
 
 def _config_differences(first: Path, other: Path) -> list[Difference]:
-    left, right = (_flat(_read_config(folder), IGNORED_CONFIG_KEYS) for folder in (first, other))
+    left, right = config_values(first), config_values(other)
     return [
         Difference(_config_kind(key), text)
         for key, text in _field_differences(first / CONFIG, left, other / CONFIG, right).items()
@@ -212,7 +184,7 @@ def _config_differences(first: Path, other: Path) -> list[Difference]:
 
 def _config_kind(key: str) -> str:
     words = key.split(".")
-    if words[-1] == _TIE:
+    if words[-1] == TIE:
         return "tied"
     return "rope" if any("rope" in word or word == "max_position_embeddings" for word in words) else "config"
 
@@ -262,11 +234,12 @@ def _value(path: Path) -> object:
     return json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else path.read_bytes()
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def config_values(folder: Path) -> dict[str, str]:
+    """config.json of an export as dotted key -> JSON text, without IGNORED_CONFIG_KEYS."""
     path = folder / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: {folder} is no export")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return _flat(read_json(path), IGNORED_CONFIG_KEYS)
 
 
 def _flat(config: Mapping[str, Any], ignored: frozenset[str], prefix: str = "") -> dict[str, str]:

@@ -118,6 +118,8 @@ class ExportReader:
         self._release = release
         self.origin = origin or folder
         self.places = tensor_places(folder) if places is None else places
+        self.left_out: dict[str, TensorPlace] = {}
+        """Tensors of the files that are none of the model's; their files still belong to the input."""
         self.written_dtype = written_dtype
         self.files = Files()
 
@@ -130,6 +132,10 @@ class ExportReader:
         """Let ``name`` be a second name of the tensor ``of``."""
         self.places[name] = replace(self.places[of], name=name)
 
+    def leave_out(self, name: str) -> None:
+        """Count a tensor as none of the model's."""
+        self.left_out[name] = self.places.pop(name)
+
     def pieces(self, name: str) -> Iterator[Tensor]:
         """Yield the tensor as flat pieces of at most ``PIECE_ELEMENTS`` values, in order; each is memory of its own."""
         place = self.places[name]
@@ -140,7 +146,8 @@ class ExportReader:
 
     def weight_files(self) -> list[Path]:
         """Every file that holds values, in the order of their paths."""
-        return sorted({span.file for place in self.places.values() for span in place.spans})
+        places = [*self.places.values(), *self.left_out.values()]
+        return sorted({span.file for place in places for span in place.spans})
 
     def close(self) -> None:
         """Close the files, and drop what was made for reading."""

@@ -21,7 +21,7 @@ ALLOWED_DIFFERENCES = {
     "integers": "tensors that are not averaged (integers, booleans, float64, 8-bit floats) in one of the models, and "
     "differ in values or type: the first's",
     "tied": "models that tie the output matrix to the embedding, beside others that do not: read as two equal tensors; "
-    "the result has both",
+    "and models that tie them but store two that differ: read as they are stored; the result has both and ties nothing",
     "tokenizer": "the first model's files",
     "processor": "the first model's budgets of images and videos",
     "rope": "the first model's position settings",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from keye_train.merging import MergeError, merge
 from keye_train.merging.sources import last_checkpoints
+from keye_train.merging.verify import verify
 from keye_train.settings import MergeMethod, MergeSettings, SettingsError
 from keye_train.settings.merge_methods import METHODS
 
@@ -132,6 +133,49 @@ def test_tied_beside_untied(export: Export, tmp_path: Path) -> None:
     assert merged["model.embed_tokens.weight"].tolist() == [2.0, 4.0]
     assert merged["lm_head.weight"].tolist() == [1.0, 2.0]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+TIED = {"tie_word_embeddings": True}
+
+
+def test_a_tied_matrix_that_is_stored_twice_is_written_once(export: Export, tmp_path: Path) -> None:
+    """Whichever of the models store it twice."""
+    folders = [
+        export("a", {EMBEDDING: ONE, OUTPUT: ONE}, shards=2, config=TIED),
+        export("b", {EMBEDDING: TWO}, config=TIED),
+    ]
+    for models in (folders, folders[::-1]):
+        out = tmp_path / models[0].name / "out"
+        merged, manifest = run(models, out)
+        assert {name: tensor.tolist() for name, tensor in merged.items()} == {EMBEDDING: [2.0, 4.0]}
+        assert manifest["dropped"] == [OUTPUT]
+        assert '"tie_word_embeddings": true' in (out / "config.json").read_text()
+        verdict = verify(out)
+        assert (verdict.faults, verdict.unchecked) == ([], [])
+        files = next(parent for parent in manifest["parents"] if parent["path"] == str(folders[0]))["files"]  # type: ignore[attr-defined]
+        assert len([name for name in files if name.endswith(".safetensors")]) == 2  # both decided the result
+
+
+def test_a_tied_matrix_that_is_stored_twice_and_differs(export: Export, tmp_path: Path) -> None:
+    values = {"a": ONE, "b": TWO}
+    twice = [export(name, {EMBEDDING: value, OUTPUT: value + 1}, config=TIED) for name, value in values.items()]
+    with pytest.raises(MergeError) as caught:
+        run(twice, tmp_path / "refused")
+    assert len(caught.value.problems) == 2
+    for folder, problem in zip(twice, caught.value.problems, strict=True):
+        assert f"{folder / 'model.safetensors'}: {OUTPUT} differs from {EMBEDDING}" in problem
+        assert problem.endswith("[allow=tied]")
+    once = export("c", {EMBEDDING: ONE}, config=TIED)
+    merged, manifest = run([*twice, once], tmp_path / "out", allow=["tied"])
+    assert {name: tensor.tolist() for name, tensor in merged.items()} == {
+        EMBEDDING: pytest.approx([5 / 3, 10 / 3]), OUTPUT: pytest.approx([7 / 3, 4.0])
+    }  # fmt: skip
+    assert (manifest["dropped"], len(manifest["allowed"])) == ([], 3)  # type: ignore[arg-type]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    other_type = export("d", {EMBEDDING: ONE, OUTPUT: ONE.bfloat16()}, config=TIED)
+    with pytest.raises(MergeError, match=rf"d/model.safetensors: {OUTPUT} differs"):
+        run([once, other_type], tmp_path / "refused")
 
 
 def test_nothing_allows_values_that_are_not_finite(export: Export, tmp_path: Path) -> None:
