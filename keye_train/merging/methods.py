@@ -11,6 +11,7 @@ mean is in practice the true one, correctly rounded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -133,7 +134,16 @@ def scan_values(tensors: Sequence[Tensor], terms: int | None = None) -> tuple[bo
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite; of a contiguous tensor of ``AVERAGED_DTYPES`` on the CPU."""
-    return scan_values([tensor])[0]
+    # Such a value makes the sum such a value. So does a sum that float32 cannot hold: then the values are looked at.
+    return math.isfinite(tensor.sum(dtype=torch.float32).item()) or scan_values([tensor])[0]
+
+
+def round_into(out: Tensor, values: Tensor) -> None:
+    """``round_once`` to the type of ``out`` and into it."""
+    if out.dtype == torch.float32:
+        out.copy_(values)
+    else:
+        out.copy_(round_once(values, out.dtype))
 
 
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:

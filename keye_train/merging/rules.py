@@ -22,7 +22,7 @@ from keye_train.merging.geometry import (
     stock_ratio,
     total_products,
 )
-from keye_train.merging.methods import BLOCK, divide, round_once, scan_values, weighted_sum
+from keye_train.merging.methods import BLOCK, all_finite, divide, round_into, scan_values, weighted_sum
 from keye_train.settings import MergeMethod, MergeSettings, SettingsError
 from keye_train.settings.merging import TIES_DENSITY
 
@@ -59,8 +59,8 @@ class LinearRule:
                 return False
             # Adding 0 * x would turn -0.0 into 0.0.
             total = weighted_sum([blocks[i] for i in used], weights, exact)
-            out[start : start + BLOCK] = round_once(divide(total, weights) if self.mean else total, out.dtype)
-        return scan_values([out])[0]
+            round_into(out[start : start + BLOCK], divide(total, weights) if self.mean else total)
+        return all_finite(out)
 
 
 @dataclass(frozen=True)

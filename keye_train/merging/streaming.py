@@ -1,22 +1,18 @@
-"""The engine: many threads read, merge and write pieces of tensors; the files have the same bits for any number.
+"""The engine: many threads read and merge pieces of tensors, one puts the results into the files, in their order.
 
-Knowing all headers, the whole output is laid out before the first value is read. So a piece of the result has its place
-whoever computes it, memory stays at a few pieces of each model, and SHA-256 of a file is taken in
-order while later pieces are computed.
+Knowing all headers, the whole output is laid out before the first value is read. So the files have the same bits for
+any number of threads, and memory stays at a few pieces of each model.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import math
 import os
 import queue
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -25,8 +21,9 @@ import torch
 from torch import Tensor
 
 from keye_train.merging.methods import BLOCK
-from keye_train.merging.places import DTYPE_NAMES, ExportError, TensorPlace, tensor_places
+from keye_train.merging.places import ExportError, TensorPlace, tensor_places
 from keye_train.merging.reading import PIECE_ELEMENTS, Buffers, ExportReader, Files
+from keye_train.merging.shard_file import PlannedTensor, ShardFile
 from keye_train.runs import WEIGHTS, WEIGHTS_INDEX
 
 __all__ = [
@@ -48,26 +45,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BUDGET_BYTES = 512 << 20  # for the values under way in all threads together
-FLUSH_BYTES = 128 << 20  # written before the disk is told to begin; the rest of its cache is then never large
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of an output shard."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def elements(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of the values."""
-        return self.elements * self.dtype.itemsize
 
 
 def plan_shards(tensors: Sequence[PlannedTensor], max_shard_bytes: int) -> dict[str, list[PlannedTensor]]:
@@ -176,90 +153,3 @@ class Workers:
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(self._torch_threads)
-
-
-class ShardFile:
-    """One safetensors file, written at any place by any thread and hashed in order; use as a context manager.
-
-    Its whole size is reserved at once, so a full disk shows before the work is done.
-
-    Raises:
-        OSError: the disk is full.
-    """
-
-    def __init__(self, file: Path, tensors: Sequence[PlannedTensor]) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        begins = {}
-        for tensor in tensors:
-            begins[tensor.name], end = end, end + tensor.n_bytes
-            header[tensor.name] = {
-                "dtype": DTYPE_NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [begins[tensor.name], end],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # so that the values start at a multiple of 8 bytes
-        head = len(text).to_bytes(8, "little") + text
-        self.file = file
-        self._begins = {name: len(head) + begin for name, begin in begins.items()}
-        self._size = len(head) + end
-        self._digest = hashlib.sha256()
-        self._hashed = self._flushed = 0
-        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
-        self._flush: Future[None] | None = None
-        self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            os.posix_fallocate(self._descriptor, 0, self._size)
-            self._write(memoryview(head), 0)
-        except BaseException:
-            os.close(self._descriptor)
-            raise
-        self._hash(memoryview(head))
-
-    def write(self, name: str, begin: int, piece: Tensor) -> None:
-        """Write the values of a tensor from the value ``begin`` on; from any thread."""
-        self._write(_raw(piece), self._begins[name] + begin * piece.dtype.itemsize)
-
-    def hash(self, piece: Tensor) -> None:
-        """Take the next values of the file into its checksum; in the order of the file."""
-        self._hash(_raw(piece))
-        if self._hashed - self._flushed >= FLUSH_BYTES and (self._flush is None or self._flush.done()):
-            if self._flush is not None:
-                self._flush.result()
-            self._flushed = self._hashed
-            self._flush = self._flusher.submit(os.fdatasync, self._descriptor)
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the file; valid once all is written."""
-        return self._digest.hexdigest()
-
-    def _write(self, data: memoryview, at: int) -> None:
-        while data:
-            written = os.pwrite(self._descriptor, data, at)
-            data, at = data[written:], at + written
-
-    def _hash(self, data: memoryview) -> None:
-        self._digest.update(data)
-        self._hashed += len(data)
-
-    def __enter__(self) -> ShardFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._flusher.shutdown(wait=True)
-        try:
-            if kind is None:
-                assert self._hashed == self._size, "values and header disagree"
-                if self._flush is not None:
-                    self._flush.result()  # an error of the disk is told once: fsync would not repeat it
-                os.fsync(self._descriptor)
-        finally:
-            os.close(self._descriptor)
-
-
-def _raw(piece: Tensor) -> memoryview:
-    return piece.view(-1).view(torch.uint8).numpy().data

@@ -49,13 +49,12 @@ def merge_weights(
     ):
         for file, tensors in shards.items():
             with ShardFile(folder / file, tensors) as shard:
-                job = _ShardJob(readers, accounts, settings, workers, shard)
-                # Closed before the file is: no worker writes into a file that is closed.
+                job = _ShardJob(readers, accounts, settings, workers)
                 with closing(workers.in_order(job.tasks(tensors))) as results:
                     for memory, piece in results:
                         if piece is None:
                             raise MergeError(job.reasons())
-                        shard.hash(piece)
+                        shard.write(piece)
                         bar.update(piece.nbytes)
                         workers.outputs.put(memory)
             yield file, shard.sha256
@@ -70,10 +69,8 @@ class _ShardJob:
         accounts: Accounts,
         settings: MergeSettings,
         workers: Workers,
-        shard: ShardFile,
     ) -> None:
-        self.readers, self.accounts, self.settings = readers, accounts, settings
-        self.workers, self.shard = workers, shard
+        self.readers, self.accounts, self.settings, self.workers = readers, accounts, settings, workers
         self.current = ""
 
     def tasks(self, tensors: Sequence[PlannedTensor]) -> Iterator[Callable[[], tuple[Tensor, Tensor | None]]]:
@@ -130,10 +127,7 @@ class _ShardJob:
         if memory.numel() < count * dtype.itemsize:
             memory = torch.empty(self.workers.piece_elements * dtype.itemsize, dtype=torch.uint8)
         out = memory[: count * dtype.itemsize].view(dtype)
-        if not rule(pieces, begin, out):
-            return memory, None
-        self.shard.write(share.planned.name, begin, out)
-        return memory, out
+        return memory, out if rule(pieces, begin, out) else None
 
     def _read(self, share: Share, begin: int, count: int) -> list[Tensor]:
         pieces = []

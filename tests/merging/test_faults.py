@@ -19,11 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from keye_train.merging import MergeError, merge, streaming
+from keye_train.merging import MergeError, merge, shard_file
 from keye_train.merging import output as output_module
 from keye_train.merging.output import DiskFull
 from keye_train.merging.reading import ExportReader
-from keye_train.merging.streaming import PlannedTensor, ShardFile
+from keye_train.merging.shard_file import PlannedTensor, ShardFile
 from keye_train.merging.verify import verify
 from keye_train.settings import MergeMethod, MergeSettings, SettingsError
 
@@ -76,13 +76,12 @@ def test_an_error_of_the_disk_between_flushes_is_not_lost(tmp_path: Path, monkey
     def failing(descriptor: int) -> None:
         raise OSError(errno.EIO, "the disk is dying")
 
-    monkeypatch.setattr(streaming, "FLUSH_BYTES", 1)
-    monkeypatch.setattr(streaming.os, "fdatasync", failing)
+    monkeypatch.setattr(shard_file, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(shard_file.os, "fdatasync", failing)
 
     def written() -> None:
         with ShardFile(tmp_path / "x", [PlannedTensor("w", torch.float32, (8,))]) as shard:
-            shard.write("w", 0, torch.ones(8))
-            shard.hash(torch.ones(8))
+            shard.write(torch.ones(8))
 
     with pytest.raises(OSError, match="the disk is dying"):
         written()
