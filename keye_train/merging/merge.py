@@ -12,9 +12,10 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 
 from keye_train.merging.accounting import Accounts, account
 from keye_train.merging.compatibility import CONFIG, MergeError, compared_files
+from keye_train.merging.input_hashes import InputHashes
 from keye_train.merging.output import check_room, partial_output
 from keye_train.merging.reading import ExportReader
 from keye_train.merging.rules import check_patterns, model_weights
@@ -32,6 +34,9 @@ from keye_train.runs import MANIFEST, commit, file_sha256, read_json, versions, 
 from keye_train.settings import MergeMethod, MergeSettings, SettingsError
 
 logger = logging.getLogger(__name__)
+
+Described = Callable[[], dict[str, Any]]
+"""Size, time and SHA-256 of a file, once it is known."""
 
 _WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 _UNREQUESTED = ("models", "out", "method", "base", "last", "threads", "hash_inputs")
@@ -88,26 +93,26 @@ def _merge(
     check_patterns(settings, list(accounts.shares))
     shards = plan_shards([share.planned for share in accounts.shares.values()], settings.max_shard_bytes)
     inputs = [{name: list(_stat(file)) for name, file in files.items()} for files in _input_files(readers)]
-    with partial_output(out, {"kind": "merge", "request": request, "inputs": inputs}) as partial:
-        left = {file: tensors for file, tensors in shards.items() if file not in partial.files}
-        check_room(out, sum(tensor.n_bytes for tensors in left.values() for tensor in tensors), partial.files)
+    with partial_output(out, {"kind": "merge", "request": request, "inputs": inputs}) as output:
+        left = {file: tensors for file, tensors in shards.items() if file not in output.files}
+        check_room(out, sum(tensor.n_bytes for tensors in left.values() for tensor in tensors), output.files)
         hashers = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)), thread_name_prefix="hash")
         try:
-            # The inputs are hashed while the merge reads the same bytes: one of the two finds them in the page cache.
-            hashes = _describe_inputs(readers, settings, hashers)
-            for file, sha256 in merge_weights(partial.folder, readers, left, accounts, settings, progress):
-                partial.add(file, sha256)
-            write_index(partial.folder, shards)
-            _copy_companions(readers[0], partial.folder, accounts)
-            for path in sorted(partial.folder.iterdir()):
+            on_the_way = InputHashes(readers, [accounts.shares[one.name] for shard in left.values() for one in shard])
+            hashes = _describe_inputs(readers, settings, on_the_way, hashers)
+            for file, sha256 in merge_weights(output.folder, readers, left, accounts, settings, on_the_way, progress):
+                output.add(file, sha256)
+            write_index(output.folder, shards)
+            _copy_companions(readers[0], output.folder, accounts)
+            for path in sorted(output.folder.iterdir()):
                 # Those of an interrupted merge have been written afresh.
                 if path.name not in shards and path.name != MANIFEST:
-                    partial.add(path.name, file_sha256(path))
+                    output.add(path.name, file_sha256(path))
             _check_seals(readers, hashes)
-            manifest = _manifest(settings, request, readers, hashes, accounts) | {"files": partial.files}
+            manifest = _manifest(settings, request, readers, hashes, accounts) | {"files": output.files}
         finally:
             hashers.shutdown(wait=True, cancel_futures=True)
-        write_json_atomic(partial.folder / MANIFEST, manifest | {"wall_s": round(time.monotonic() - started, 3)})
+        write_json_atomic(output.folder / MANIFEST, manifest | {"wall_s": round(time.monotonic() - started, 3)})
 
 
 def _request(settings: MergeSettings, readers: Sequence[ExportReader]) -> dict[str, Any]:
@@ -172,7 +177,7 @@ def _manifest(
     settings: MergeSettings,
     request: dict[str, Any],
     readers: Sequence[ExportReader],
-    hashes: Sequence[dict[str, Future[dict[str, Any]]]],
+    hashes: Sequence[dict[str, Described]],
     accounts: Accounts,
 ) -> dict[str, Any]:
     given = model_weights(settings)
@@ -189,7 +194,7 @@ def _manifest(
             "path": str(reader.origin),
             "weight": share,
             "manifest_sha256": file_sha256(manifest) if manifest.exists() else None,
-            "files": {name: described.result() for name, described in files.items()},
+            "files": {name: described() for name, described in files.items()},
         }
         for reader, share, files, manifest in (
             (reader, share, files, reader.origin / MANIFEST)
@@ -220,13 +225,13 @@ def tensors_digest(tensors: Sequence[PlannedTensor]) -> str:
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-def _check_seals(readers: Sequence[ExportReader], hashes: Sequence[dict[str, Future[dict[str, Any]]]]) -> None:
+def _check_seals(readers: Sequence[ExportReader], hashes: Sequence[dict[str, Described]]) -> None:
     """Raise MergeError for inputs that are not what their writer noted: bits that changed on the disk."""
     problems = []
     for reader, files in zip(readers, hashes, strict=True):
         for file, sha256 in reader.sealed.items():
             described = files.get(_key(reader, file))
-            found = None if described is None else described.result()["sha256"]
+            found = None if described is None else described()["sha256"]
             if found not in (None, sha256):
                 problems.append(
                     f"{file} does not match the checksum of its checkpoint: it is damaged; take another one"
@@ -236,24 +241,31 @@ def _check_seals(readers: Sequence[ExportReader], hashes: Sequence[dict[str, Fut
 
 
 def _describe_inputs(
-    readers: Sequence[ExportReader], settings: MergeSettings, pool: ThreadPoolExecutor
-) -> list[dict[str, Future[dict[str, Any]]]]:
-    """Size, time and SHA-256 of each input; without ``hash_inputs`` no SHA-256 of weights that nobody sealed."""
-    hashes = []
-    for reader, files in zip(readers, _input_files(readers), strict=True):
+    readers: Sequence[ExportReader], settings: MergeSettings, on_the_way: InputHashes, pool: ThreadPoolExecutor
+) -> list[dict[str, Described]]:
+    """Size, time and SHA-256 of each input; without ``hash_inputs`` no SHA-256 of weights that nobody sealed.
+
+    Files that the merge reads from end to end are hashed ``on_the_way``: their hashes are there when it is done. The
+    pool reads the others at the same time: one of the two finds the bytes in the page cache.
+    """
+    described: list[dict[str, Described]] = []
+    for number, (reader, files) in enumerate(zip(readers, _input_files(readers), strict=True)):
         unsealed = set(reader.weight_files()) - reader.sealed.keys()
-        hashes.append(
-            {
-                name: pool.submit(_describe, file, settings.hash_inputs or file not in unsealed)
-                for name, file in files.items()
-            }
-        )
-    return hashes
+        described.append({})
+        for name, file in files.items():
+            if not settings.hash_inputs and file in unsealed:
+                on_the_way.drop(number, file)
+                described[-1][name] = partial(_description, _stat(file), lambda: None)
+            elif (number, file) in on_the_way.files:
+                described[-1][name] = partial(_description, _stat(file), on_the_way.files[number, file].sha256)
+            else:
+                described[-1][name] = partial(_description, _stat(file), pool.submit(file_sha256, file).result)
+    return described
 
 
-def _describe(file: Path, hashed: bool) -> dict[str, Any]:
-    n_bytes, mtime_ns = _stat(file)
-    return {"bytes": n_bytes, "mtime_ns": mtime_ns, "sha256": file_sha256(file) if hashed else None}
+def _description(stat: tuple[int, int], sha256: Callable[[], str | None]) -> dict[str, Any]:
+    n_bytes, mtime_ns = stat
+    return {"bytes": n_bytes, "mtime_ns": mtime_ns, "sha256": sha256()}
 
 
 def _input_files(readers: Sequence[ExportReader]) -> list[dict[str, Path]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +78,21 @@ class TensorPlace:
     def n_bytes(self) -> int:
         """Size of the values."""
         return self.elements * self.dtype.itemsize
+
+    def parts(self, begin: int, count: int) -> Iterator[tuple[Path, int, int, int]]:
+        """Where the values ``begin`` to ``begin + count`` stand.
+
+        Yields:
+            For each span that has some of them: file, the byte of it where they start, and which of the ``count``
+            values they are: first, and last + 1.
+        """
+        at = 0  # value of the tensor at which a span starts
+        for span in self.spans:
+            first, last = max(begin, at), min(begin + count, at + span.elements)
+            if first < last:
+                byte = span.begin_byte + (first - at) * self.dtype.itemsize
+                yield span.file, byte, first - begin, last - begin
+            at += span.elements
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -39,24 +39,14 @@ class Files:
         """
         target = into.view(torch.uint8).numpy().data
         item = place.dtype.itemsize
-        at = 0  # value of the tensor at which a span starts
-        for span in place.spans:
-            first, last = max(begin, at), min(begin + into.numel(), at + span.elements)
-            if first < last:
-                part = target[(first - begin) * item : (last - begin) * item]
-                self._fill(span.file, span.begin_byte + (first - at) * item, part, place.name)
-            at += span.elements
+        for file, at, first, last in place.parts(begin, into.numel()):
+            self._fill(file, at, target[first * item : last * item], place.name)
 
     def expect(self, place: TensorPlace, begin: int, count: int) -> None:
         """Tell the system that these values will be read soon, so that it fetches them ahead."""
-        item = place.dtype.itemsize
-        at = 0
-        for span in place.spans:
-            first, last = max(begin, at), min(begin + count, at + span.elements)
-            if first < last:
-                start = span.begin_byte + (first - at) * item
-                os.posix_fadvise(self.descriptor(span.file), start, (last - first) * item, os.POSIX_FADV_WILLNEED)
-            at += span.elements
+        for file, at, first, last in place.parts(begin, count):
+            n_bytes = (last - first) * place.dtype.itemsize
+            os.posix_fadvise(self.descriptor(file), at, n_bytes, os.POSIX_FADV_WILLNEED)
 
     def _fill(self, file: Path, at: int, target: memoryview, name: str) -> None:
         descriptor = self.descriptor(file)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from keye_train.merging.accounting import Accounts, Share
 from keye_train.merging.compatibility import MergeError, value_problems
+from keye_train.merging.input_hashes import InputHashes
 from keye_train.merging.methods import BLOCK, scan_values
 from keye_train.merging.reading import ExportReader
 from keye_train.merging.rules import CopyRule, LinearRule, Rule, rule_for, tensor_weights
@@ -32,9 +33,12 @@ def merge_weights(
     shards: dict[str, list[PlannedTensor]],
     accounts: Accounts,
     settings: MergeSettings,
+    hashes: InputHashes,
     progress: bool,
 ) -> Iterator[tuple[str, str]]:
     """Write every shard; yields file name and SHA-256 of each that is whole and on the disk.
+
+    What is read goes into ``hashes``.
 
     Raises:
         MergeError: values that are not finite, or unequal tensors of a type that is not averaged.
@@ -49,8 +53,9 @@ def merge_weights(
     ):
         for file, tensors in shards.items():
             with ShardFile(folder / file, tensors) as shard:
-                job = _ShardJob(readers, accounts, settings, workers)
-                with closing(workers.in_order(job.tasks(tensors))) as results:
+                job = _ShardJob(readers, accounts, settings, workers, hashes)
+                # Closing waits for the threads, so none of them may wait for its turn then.
+                with closing(workers.in_order(job.tasks(tensors))) as results, _given_up_on_error(hashes):
                     for memory, piece in results:
                         if piece is None:
                             raise MergeError(job.reasons())
@@ -58,6 +63,15 @@ def merge_weights(
                         bar.update(piece.nbytes)
                         workers.outputs.put(memory)
             yield file, shard.sha256
+
+
+@contextmanager
+def _given_up_on_error(hashes: InputHashes) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        hashes.give_up()
+        raise
 
 
 class _ShardJob:
@@ -69,8 +83,10 @@ class _ShardJob:
         accounts: Accounts,
         settings: MergeSettings,
         workers: Workers,
+        hashes: InputHashes,
     ) -> None:
-        self.readers, self.accounts, self.settings, self.workers = readers, accounts, settings, workers
+        self.readers, self.accounts, self.settings = readers, accounts, settings
+        self.workers, self.hashes = workers, hashes
         self.current = ""
 
     def tasks(self, tensors: Sequence[PlannedTensor]) -> Iterator[Callable[[], tuple[Tensor, Tensor | None]]]:
@@ -121,7 +137,10 @@ class _ShardJob:
         return self.workers.in_order(partial(task, begin, count) for begin, count in self._pieces(share.planned))
 
     def _merge_piece(self, share: Share, rule: Rule, begin: int, count: int) -> tuple[Tensor, Tensor | None]:
-        pieces = self._read(share, begin, count)
+        with _given_up_on_error(self.hashes):
+            pieces = self._read(share, begin, count)
+            for i, piece in zip(share.members, pieces, strict=True):
+                self.hashes.update(i, self.readers[i].places[share.planned.name], begin, piece)
         dtype = share.planned.dtype
         memory = self.workers.outputs.get()
         if memory.numel() < count * dtype.itemsize:
