@@ -20,15 +20,13 @@ import os
 import resource
 import signal
 import struct
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import Any
 
+from keye_train.data.shared_file import SharedFile
 from keye_train.sample import SampleError
 
 CLOCK_FACTOR = 5.0
@@ -84,22 +82,12 @@ class DecodeLimits:
         return f"decoding takes more than {self.bytes_setting}={self.memory_bytes} of memory"
 
 
-class Progress:
-    """Which sample of its task a reader process works on; both processes hold the same nameless file."""
-
-    def __init__(self, descriptor: int | None = None) -> None:
-        if descriptor is None:
-            with tempfile.TemporaryFile() as file:
-                descriptor = os.dup(file.fileno())
-            os.set_inheritable(descriptor, False)
-        self._file = os.fdopen(descriptor, "r+b", buffering=0)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _attach, (DupFd(self._file.fileno()),)
+class Progress(SharedFile):
+    """Which sample of its task a reader process works on."""
 
     def begin(self, number: int) -> None:
         """Work on a sample begins."""
-        os.pwrite(self._file.fileno(), _PROGRESS.pack(number, time.monotonic()), 0)
+        os.pwrite(self.file.fileno(), _PROGRESS.pack(number, time.monotonic()), 0)
 
     def end(self) -> None:
         """Work on the sample has ended."""
@@ -107,12 +95,8 @@ class Progress:
 
     def read(self) -> tuple[int, float]:
         """Number of the sample, -1 where none is in work, and the seconds since it began."""
-        number, began = _PROGRESS.unpack(os.pread(self._file.fileno(), _PROGRESS.size, 0) or _PROGRESS.pack(-1, 0.0))
+        number, began = _PROGRESS.unpack(os.pread(self.file.fileno(), _PROGRESS.size, 0) or _PROGRESS.pack(-1, 0.0))
         return number, time.monotonic() - began
-
-    def close(self) -> None:
-        """Close this side of the file."""
-        self._file.close()
 
 
 class DecodeWatch:
@@ -154,7 +138,3 @@ class DecodeWatch:
         limit = used + self._limits.memory_bytes
         known = [value for value in (limit, soft, hard) if value != resource.RLIM_INFINITY]
         resource.setrlimit(resource.RLIMIT_DATA, (min(known), hard))
-
-
-def _attach(duplicate: Any) -> Progress:
-    return Progress(duplicate.detach())

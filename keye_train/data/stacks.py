@@ -8,10 +8,10 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-import tempfile
 import time
-from multiprocessing.reduction import DupFd
 from typing import Any, cast
+
+from keye_train.data.shared_file import SharedFile
 
 STACK_SIGNAL = signal.SIGUSR2
 WRITE_SECONDS = 2.0
@@ -19,23 +19,16 @@ WRITE_SECONDS = 2.0
 POLL_SECONDS = 0.02
 
 
-class StackFile:
+class StackFile(SharedFile):
     """The file; both processes hold it."""
 
     def __init__(self, descriptor: int | None = None) -> None:
-        if descriptor is None:
-            with tempfile.TemporaryFile() as file:
-                descriptor = os.dup(file.fileno())
-            os.set_inheritable(descriptor, False)
-        self._file = os.fdopen(descriptor, "r+b", buffering=0)
+        super().__init__(descriptor)
         self._seen = 0
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _attach, (DupFd(self._file.fileno()),)
 
     def answer_signals(self) -> None:
         """In the reader: from now on each ``STACK_SIGNAL`` writes the stacks of all threads into the file."""
-        faulthandler.register(STACK_SIGNAL, file=cast(Any, self._file), all_threads=True)
+        faulthandler.register(STACK_SIGNAL, file=cast(Any, self.file), all_threads=True)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {STACK_SIGNAL})
 
     def ask(self, pid: int) -> str:
@@ -47,17 +40,9 @@ class StackFile:
         deadline, size = time.monotonic() + WRITE_SECONDS, -1
         while time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-            before, size = size, os.fstat(self._file.fileno()).st_size
+            before, size = size, os.fstat(self.file.fileno()).st_size
             if size == before > self._seen:  # it has stopped growing
                 break
-        text = os.pread(self._file.fileno(), max(size - self._seen, 0), self._seen).decode(errors="replace")
+        text = os.pread(self.file.fileno(), max(size - self._seen, 0), self._seen).decode(errors="replace")
         self._seen = max(size, self._seen)
         return text or f"no answer within {WRITE_SECONDS:g} s\n"
-
-    def close(self) -> None:
-        """Close this side of the file."""
-        self._file.close()
-
-
-def _attach(duplicate: Any) -> StackFile:
-    return StackFile(duplicate.detach())
