@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,6 @@ def write_page(out: Path, title: str, result: Simulation, described: dict[str, A
         "loader": described["loader"],
         "short": short,
         "clock": clock,
-        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     return write_html(out, "plan.html", values)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +208,5 @@ def _write(
         "by_source": by_source,
         "packs": packs,
         "full": full,
-        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     return write_html(out, "view.html", values)

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
-from keye_train import runs
 from keye_train.report.diagnosis import diagnosis_section
+from keye_train.report.rendering import write_page
 from keye_train.report.soup import curve_section, soup_section
 
 logger = logging.getLogger(__name__)
@@ -44,19 +40,13 @@ def write_merge_page(
     Returns:
         ``out``.
     """
-    environment = Environment(
-        loader=PackageLoader("keye_train.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    style = environment.loader.get_source(environment, "style.css")[0]  # type: ignore[union-attr]
-    page = environment.get_template("merge.html").render(
-        style=Markup(style),
-        title=title,
-        back=back,
-        soup=soup_section(soup) if soup else None,
-        curve=curve_section(curve) if curve else None,
-        diagnosis=diagnosis_section(diagnosis) if diagnosis else None,
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    )
-    runs.write_text_atomic(out, page)
+    values = {
+        "title": title,
+        "back": back,
+        "soup": soup_section(soup) if soup else None,
+        "curve": curve_section(curve) if curve else None,
+        "diagnosis": diagnosis_section(diagnosis) if diagnosis else None,
+    }
+    write_page(out, "merge.html", values)
     logger.info("merge page: %s", out)
     return out

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from keye_train import runs
@@ -17,6 +15,7 @@ from keye_train.report.collect import RunRoot, StageRun, clock, read_root
 from keye_train.report.forecasts import forecast_table
 from keye_train.report.gallery import build_gallery, final_model
 from keye_train.report.merge_page import PAGE, write_merge_page
+from keye_train.report.rendering import write_page
 from keye_train.report.tables import (
     accuracy_table,
     answering,
@@ -47,12 +46,7 @@ def write_report(run_root: Path, out: Path) -> Path:
         FileNotFoundError: the folder holds nothing to report.
     """
     root = read_root(Path(run_root))
-    environment = Environment(
-        loader=PackageLoader("keye_train.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    style = environment.loader.get_source(environment, "style.css")[0]  # type: ignore[union-attr]
-    page = environment.get_template("page.html").render(style=Markup(style), **_context(root))
-    runs.write_text_atomic(Path(out), page)
+    write_page(Path(out), "page.html", _context(root))
     if root.soup:
         write_merge_page(Path(out).with_name(PAGE), f"{root.name}: the merge", **root.soup, back=Path(out).name)
     logger.info("report: %s, %.1f MB", out, Path(out).stat().st_size / 1e6)
@@ -90,7 +84,6 @@ def _context(root: RunRoot) -> dict[str, Any]:
             for run in root.stages
             if (run.folder / runs.RECIPE).exists()
         ],
-        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "folder": str(root.folder),
     }
     labels = {
@@ -102,9 +95,9 @@ def _context(root: RunRoot) -> dict[str, Any]:
         "curves": ("curves", "Curves"),
         "gallery": ("gallery", "Samples"),
         "ledger": ("ledger", "Ledger"),
-        "made": ("settings", "Settings"),
     }
-    return context | {"contents": [label for name, label in labels.items() if context[name]]}
+    contents = [label for name, label in labels.items() if context[name]]
+    return context | {"contents": [*contents, ("settings", "Settings")]}
 
 
 def _about(root: RunRoot) -> str:
