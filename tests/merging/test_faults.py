@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from keye_train.merging import MergeError, merge, shard_file
+from keye_train.merging import MergeError, merge, shard_file, sources
 from keye_train.merging import output as output_module
 from keye_train.merging.output import DiskFull
 from keye_train.merging.reading import ExportReader
@@ -40,6 +39,29 @@ def large(seed: int) -> dict[str, Tensor]:
 def settings_for(folders: list[Path], out: Path, **values: object) -> MergeSettings:
     values = {"max_shard_bytes": SHARD, **values}
     return MergeSettings(models=[str(f) for f in folders], out=str(out), **values)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def pair(export: Export) -> list[Path]:
+    """Two models of eight shards."""
+    return [export(f"m{i}", large(i)) for i in range(2)]
+
+
+def interrupt(
+    settings: MergeSettings, monkeypatch: pytest.MonkeyPatch, when: Callable[[output_module.PartialOutput, str], bool]
+) -> None:
+    """Merge until a file is noted as whole of which ``when`` holds; then Ctrl-C."""
+    add = output_module.PartialOutput.add
+
+    def interrupted(self: output_module.PartialOutput, name: str, sha256: str) -> None:
+        add(self, name, sha256)
+        if when(self, name):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output_module.PartialOutput, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            merge(settings, progress=False)
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -121,62 +143,42 @@ def test_killed_and_resumed(export: Export, tmp_path: Path) -> None:
 
 
 def test_inputs_that_changed_meanwhile_start_it_anew(
-    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Export, pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folders = [export(f"m{i}", large(i)) for i in range(2)]
-    add = output_module.PartialOutput.add
-
-    def interrupted(self: output_module.PartialOutput, name: str, sha256: str) -> None:
-        add(self, name, sha256)
-        if len(self.files) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(output_module.PartialOutput, "add", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        merge(settings_for(folders, tmp_path / "out"), progress=False)
-    monkeypatch.undo()
+    wanted = settings_for(pair, tmp_path / "out")
+    interrupt(wanted, monkeypatch, lambda partial, _: len(partial.files) == 3)
     assert len(list((tmp_path / ".out.partial").glob("*.safetensors"))) == 3
-    shutil.rmtree(folders[1])
+    shutil.rmtree(pair[1])
     export("m1", large(7))
-    merge(settings_for(folders, tmp_path / "out"), progress=False)
-    merge(settings_for(folders, tmp_path / "fresh"), progress=False)
+    merge(wanted, progress=False)
+    merge(settings_for(pair, tmp_path / "fresh"), progress=False)
     assert weights(tmp_path / "out") == weights(tmp_path / "fresh")
 
 
 def test_a_companion_that_changes_between_kill_and_resume_is_the_new_one(
-    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folders = [export(f"m{i}", large(i)) for i in range(2)]
-    add = output_module.PartialOutput.add
-
-    def interrupted(self: output_module.PartialOutput, name: str, sha256: str) -> None:
-        add(self, name, sha256)
-        if name == "tokenizer.json":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(output_module.PartialOutput, "add", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        merge(settings_for(folders, tmp_path / "out"), progress=False)
-    monkeypatch.undo()
-    for folder in folders:
+    wanted = settings_for(pair, tmp_path / "out")
+    interrupt(wanted, monkeypatch, lambda _, name: name == "tokenizer.json")
+    for folder in pair:
         before = (folder / "tokenizer.json").stat()
         text = (folder / "tokenizer.json").read_text()
         (folder / "tokenizer.json").write_text(text.replace('"a"', '"b"'))  # of the same size,
         os.utime(folder / "tokenizer.json", ns=(before.st_atime_ns, before.st_mtime_ns))  # and with its old time
-    out = merge(settings_for(folders, tmp_path / "out"), progress=False)
+    out = merge(wanted, progress=False)
     assert '"b"' in (out / "tokenizer.json").read_text()
     assert verify(out).faults == []
 
 
-def test_seals_are_checked_without_hash_inputs(export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = [export(f"m{i}", large(i)) for i in range(2)]
-
+def test_seals_are_checked_without_hash_inputs(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def sealed(path: str) -> ExportReader:
         return ExportReader(Path(path), sealed={Path(path) / "model.safetensors": "0" * 64})
 
-    monkeypatch.setattr(importlib.import_module("keye_train.merging.merge"), "open_model", sealed)
+    monkeypatch.setattr(sources, "open_model", sealed)
     with pytest.raises(MergeError, match="does not match the checksum of its checkpoint"):
-        merge(settings_for(folders, tmp_path / "out", hash_inputs=False), progress=False)
+        merge(settings_for(pair, tmp_path / "out", hash_inputs=False), progress=False)
 
 
 @pytest.fixture
@@ -193,27 +195,26 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_full_disk(export: Export, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = [export(f"m{i}", large(i)) for i in range(2)]
+def test_full_disk(pair: list[Path], tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = small_disk / "out"
     with pytest.raises(DiskFull, match=r"no space left on its disk.*to write: 524,288 bytes"):
-        merge(settings_for(folders, out), progress=False)
+        merge(settings_for(pair, out), progress=False)
     assert list(small_disk.iterdir()) == []
     # The forecast sees room that somebody else then takes: the disk itself says no, in the middle.
     monkeypatch.setattr(output_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
     with pytest.raises(DiskFull, match=r"5 finished file\(s\) are kept in \.out\.partial"):
-        merge(settings_for(folders, out), progress=False)
+        merge(settings_for(pair, out), progress=False)
     assert not out.exists()
     subprocess.run(["mount", "-o", "remount,size=2m", str(small_disk)], check=True)
-    merge(settings_for(folders, out), progress=False)
-    merge(settings_for(folders, tmp_path / "expected"), progress=False)
+    merge(settings_for(pair, out), progress=False)
+    merge(settings_for(pair, tmp_path / "expected"), progress=False)
     assert weights(out) == weights(tmp_path / "expected")
 
 
 class TestVerify:
     @pytest.fixture
-    def merged(self, export: Export, tmp_path: Path) -> Path:
-        return merge(settings_for([export(f"m{i}", large(i)) for i in range(2)], tmp_path / "out"), progress=False)
+    def merged(self, pair: list[Path], tmp_path: Path) -> Path:
+        return merge(settings_for(pair, tmp_path / "out"), progress=False)
 
     def test_what_is_whole_has_no_faults(self, merged: Path) -> None:
         verdict = verify(merged)
@@ -250,9 +251,8 @@ class TestVerify:
         with pytest.raises(SettingsError, match="not that of a finished merge"):
             verify(merged)
 
-    def test_without_hashes_of_the_inputs(self, export: Export, tmp_path: Path) -> None:
-        folders = [export(f"m{i}", large(i)) for i in range(2)]
-        out = merge(settings_for(folders, tmp_path / "out", hash_inputs=False), progress=False)
+    def test_without_hashes_of_the_inputs(self, pair: list[Path], tmp_path: Path) -> None:
+        out = merge(settings_for(pair, tmp_path / "out", hash_inputs=False), progress=False)
         verdict = verify(out)
         assert verdict.faults == []
         assert len(verdict.unchecked) == 2
