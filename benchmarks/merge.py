@@ -2,6 +2,8 @@
 
 ::
 
+    python -m benchmarks.merge --gb 1                                  # all of it, in a folder that is removed again
+
     pip install --target /tmp/other --no-deps mergekit immutables      # never a dependency of ours
     python -m benchmarks.merge prepare --folder /tmp/bench --gb 2.1    # three random models
     python -m benchmarks.merge measure --folder /tmp/bench --mergekit /tmp/other
@@ -33,6 +35,8 @@ from keye_train.merging.streaming import PlannedTensor, ShardFile
 from keye_train.runs import write_json_atomic
 
 MODELS = ("a", "b", "c")
+FOLDER = Path("runs/benchmark_merge")
+"""On the disk that runs are on: a folder for temporary files may be in memory."""
 HIDDEN, INTERMEDIATE, VOCABULARY = 1536, 6144, 32000
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -178,17 +182,51 @@ def report(folder: Path) -> None:
     result.write()
 
 
+def everything(gigabytes: float, mergekit: Path | None, dtype: str, turns: int) -> None:
+    """Prepare, measure in turns, report; in ``FOLDER``, which is removed afterwards."""
+    FOLDER.mkdir(parents=True)
+    try:
+        prepare(FOLDER, gigabytes)
+        for _ in range(turns):
+            measure(FOLDER, mergekit, dtype, [])
+        report(FOLDER)
+    finally:
+        shutil.rmtree(FOLDER)
+
+
+def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Before anything is written: is there room, and is what was asked for possible?"""
+    if arguments.command != "all":
+        if arguments.folder is None:
+            parser.error(f"{arguments.command} needs --folder")
+        return
+    if arguments.folder is not None or arguments.only:
+        parser.error("--folder and --only go with prepare, measure and report")
+    if arguments.turns < 1:
+        parser.error("--turns: at least 1")
+    if FOLDER.exists():
+        parser.error(f"{FOLDER} is left of a run that was killed, or of one that still runs: remove it")
+    needed = (7 if arguments.dtype == "float32" else 5) * arguments.gb * 1e9  # three models, a result and a copy of it
+    free = shutil.disk_usage(Path()).free
+    if free < needed:
+        parser.error(f"{FOLDER} takes {needed:,.0f} bytes and {free:,} are free: choose a smaller --gb")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line, see above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["prepare", "measure", "report"])
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--gb", type=float, default=2.1)
+    parser.add_argument("command", nargs="?", default="all", choices=["all", "prepare", "measure", "report"])
+    parser.add_argument("--folder", type=Path, help="for all commands but `all`")
+    parser.add_argument("--gb", type=float, default=2.1, help="size of each model (default: 2.1)")
     parser.add_argument("--mergekit", type=Path, help="folder that holds mergekit; default: it is left out")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--only", nargs="*", default=[], help="measure: these rivals alone")
+    parser.add_argument("--turns", type=int, default=3, help="all: turns of every rival (default: 3)")
     arguments = parser.parse_args(argv)
-    if arguments.command == "prepare":
+    _check(parser, arguments)
+    if arguments.command == "all":
+        everything(arguments.gb, arguments.mergekit, arguments.dtype, arguments.turns)
+    elif arguments.command == "prepare":
         prepare(arguments.folder, arguments.gb)
     elif arguments.command == "measure":
         measure(arguments.folder, arguments.mergekit, arguments.dtype, arguments.only)
