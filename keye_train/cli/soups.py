@@ -23,13 +23,16 @@ class Command:
 
 DIAGNOSE_HELP = """\
 Compare models before they are averaged: distances, cosines of their deltas to the common parent, sign conflict, by
-module and layer. Reads each model once, in bounded memory; writes OUT/diagnosis.json and OUT/merge.html.
+module and layer. Reads each model once, in bounded memory; writes OUT/diagnosis.json and OUT/merge.html. A model is
+whatever keye-merge takes. A diagnosis of the same models is kept.
 
   keye-merge diagnose models=[runs/a,runs/b,runs/c] base=runs/parent out=runs/diagnosis
+  keye-merge diagnose models=[runs/a/checkpoints/step-900,runs/a/checkpoints/step-1000] out=runs/diagnosis
 """
 CURVE_HELP = """\
 Held-out loss along the line between two models, and behind its ends; no model is written. Points are kept, so the same
-call with more points computes the new ones only. Writes OUT/curve.json and OUT/merge.html.
+call with more points computes the new ones only. A model is whatever keye-merge takes, if it is a Keye model with its
+tokenizer. Writes OUT/curve.json and OUT/merge.html.
 
   keye-merge curve data=demo models=[runs/a,runs/b] out=runs/curve
   keye-merge curve data=demo models=[runs/a,runs/b] out=runs/curve points=21 beyond=0.5 metric=score
@@ -37,7 +40,8 @@ call with more points computes the new ones only. Writes OUT/curve.json and OUT/
 SEARCH_HELP = """\
 Greedy soup and convex weights, searched on one part of the held-out samples and judged on another, where the gain over
 the parts' mean is reported with a paired bootstrap interval. Accepted soups are written to OUT/soup_greedy and
-OUT/soup_weights. Every value is kept: the same call goes on after a stop. Writes OUT/soup.json and OUT/merge.html.
+OUT/soup_weights. Every value is kept: the same call goes on after a stop. A model is whatever keye-merge takes, if it
+is a Keye model with its tokenizer. Writes OUT/soup.json and OUT/merge.html.
 
   keye-merge search data=demo models=[runs/a,runs/b,runs/c] out=runs/soup
   keye-merge search data=demo models=[runs/a,runs/b,runs/c] out=runs/soup budget=80 metric=score

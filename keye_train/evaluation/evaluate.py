@@ -22,6 +22,7 @@ from tqdm import tqdm
 from keye_train.data.heldout import Skipped, leave_out, read_drawn
 from keye_train.evaluation.answers import Encoded, answer_all, encode_task
 from keye_train.evaluation.exports import Export, compute_dtype, device
+from keye_train.evaluation.fingerprints import FileHashes
 from keye_train.evaluation.heldout import Heldout, Question, fingerprint, read_tasks
 from keye_train.evaluation.loss import heldout_loss
 from keye_train.evaluation.results import results_table, summarise, task_result
@@ -72,9 +73,10 @@ def evaluate(settings: EvaluationSettings, progress: bool = True) -> Path:
     asked = _read_heldouts(settings)
     evaluator = _Evaluator(settings, asked, progress)
     finished: list[dict[str, Any]] = []
+    hashes = FileHashes(out / CACHE)
     began, computed = time.monotonic(), 0
     for number, export in enumerate(exports, 1):
-        identity = export.fingerprint()
+        identity = export.fingerprint(hashes)
         cached = out / CACHE / f"{_cache_key(settings, asked, identity)}.json"
         if cached.exists():
             logger.info("%s: kept from an earlier evaluation", export.name)

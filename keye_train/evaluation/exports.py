@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from keye_train.model.configuration import SPECIAL_TOKENS
+from keye_train.evaluation.fingerprints import FileHashes, model_fingerprint
+from keye_train.model.configuration import SPECIAL_TOKENS, KeyeConfig
 from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.runs import export_dir, file_sha256, read_json
 from keye_train.settings import (
@@ -72,13 +73,27 @@ class Export:
         settings = self.settings()
         return repr((file_sha256(self.folder / "tokenizer.json"), settings.special_tokens, settings.text_tower))
 
-    def fingerprint(self) -> str:
-        """SHA-256 over weights, configuration and tokenizer. Reads the whole export."""
-        files = [self.folder / "config.json", self.folder / "tokenizer.json", *self.folder.glob("*.safetensors")]
-        digest = hashlib.sha256()
-        for file in sorted(files):
-            digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
-        return digest.hexdigest()
+    def fingerprint(self, hashes: FileHashes, weights: Sequence[Path] | None = None) -> str:
+        """SHA-256 over weights, configuration and tokenizer. Reads weights that ``hashes`` does not know.
+
+        Args:
+            weights: files of the weights; None: the safetensors in the folder.
+        """
+        documents = [self.folder / "config.json", self.folder / "tokenizer.json"]
+        return model_fingerprint(documents, weights or list(self.folder.glob("*.safetensors")), hashes)
+
+    def lacking(self) -> list[str]:
+        """What keeps a model from answering held-out samples; empty where nothing does."""
+        kind = self.config.get("model_type", KeyeConfig.model_type)
+        if kind != KeyeConfig.model_type:
+            return [f"it is a model of the type {kind}, not Keye"]
+        if self.is_dual_encoder:
+            return ["it is an export of Stage 0, which has no language model"]
+        lacking = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (self.folder / name).exists()]
+        fields = ["vocab_size", *(token.field for token in SPECIAL_TOKENS.values() if token.field)]
+        return [f"it has no {name}" for name in lacking] + [
+            f"its config.json has no {field}" for field in fields if field not in self.config
+        ]
 
 
 def device() -> torch.device:

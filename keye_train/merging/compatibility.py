@@ -86,17 +86,12 @@ class Difference:
         return f"{self.text} [allow={self.kind}]"
 
 
-def differences(readers: Sequence[ExportReader]) -> list[str]:
-    """Every way in which the exports differ from the first one; empty when they may be averaged.
+def compare(readers: Sequence[ExportReader]) -> list[Difference]:
+    """Every way in which the models differ from the first one; empty when they may be averaged.
 
     Compares tensor names, shapes and dtypes, config.json (without IGNORED_CONFIG_KEYS), tokenizer and processor files.
     Reads headers and small files only.
     """
-    return [str(one) for one in compare(readers)]
-
-
-def compare(readers: Sequence[ExportReader]) -> list[Difference]:
-    """As :func:`differences`, with the kind of each."""
     first = readers[0]
     found = []
     for other in readers[1:]:
@@ -104,7 +99,14 @@ def compare(readers: Sequence[ExportReader]) -> list[Difference]:
         found += _config_differences(first.folder, other.folder)
         found += _text_differences(first.folder, other.folder)
         found += _budget_differences(first.folder, other.folder)
-    return found
+    return [Difference(one.kind, _as_named(one.text, readers)) for one in found]
+
+
+def _as_named(text: str, readers: Sequence[ExportReader]) -> str:
+    """Small files of a checkpoint are made for reading: messages say which checkpoint they stand for."""
+    for reader in readers:
+        text = text.replace(str(reader.folder), str(reader.origin))
+    return text
 
 
 def compared_files(folder: Path) -> list[Path]:
@@ -158,7 +160,7 @@ def _tensor_differences(first: ExportReader, other: ExportReader) -> list[Differ
     for name, place in first.places.items():
         twin = other.places.get(name)
         if twin is None:
-            found.append(Difference("missing", f"{other.folder}: has no tensor {name}, which {place.file} has"))
+            found.append(Difference("missing", f"{other.origin}: has no tensor {name}, which {place.file} has"))
             continue
         if twin.shape != place.shape:
             text = f"{name} has shape {list(twin.shape)}, in {place.file} {list(place.shape)}"
@@ -170,7 +172,7 @@ def _tensor_differences(first: ExportReader, other: ExportReader) -> list[Differ
             found.append(Difference("dtype" if both else "integers", text))
     for name, twin in other.places.items():
         if name not in first.places:
-            found.append(Difference("extra", f"{first.folder}: has no tensor {name}, which {twin.file} has"))
+            found.append(Difference("extra", f"{first.origin}: has no tensor {name}, which {twin.file} has"))
     return found
 
 

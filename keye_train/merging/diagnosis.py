@@ -16,8 +16,10 @@ Sums of tensors are added up by layer, by module and in all, so memory does not 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +29,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from keye_train.merging.compatibility import MergeError
+from keye_train.merging.compatibility import CONFIG, MergeError
 from keye_train.merging.methods import AVERAGED_DTYPES
+from keye_train.merging.reading import ExportReader
+from keye_train.merging.sources import opened
+from keye_train.merging.ties import drop_doubles
 from keye_train.merging.verdict import judge, pairs
 from keye_train.merging.windows import Windows
 from keye_train.model.parameters import MODULE_PREFIXES, PACKING_TABLE, POOLING_HEAD
-from keye_train.runs import commit, export_dir, versions, write_json_atomic
-from keye_train.settings import DiagnosisSettings, SettingsError
+from keye_train.runs import commit, read_json, sampled_sha256, versions, write_json_atomic
+from keye_train.settings import DiagnosisSettings, SettingsError, model_name
+
+logger = logging.getLogger(__name__)
 
 DIAGNOSIS = "diagnosis.json"
+VERSION = 1
+"""Goes up whenever the same models would give other figures or another verdict."""
 TOTAL = "all"
 UNREAD = (PACKING_TABLE, POOLING_HEAD)
 """Tensors that no language model reads: equal in all siblings, they would only make distances look smaller."""
@@ -88,7 +97,7 @@ class Sums:
 
 
 def diagnose(settings: DiagnosisSettings, progress: bool = True) -> Path:
-    """Compare the exports ``settings.models`` and write ``OUT/diagnosis.json``.
+    """Compare the models ``settings.models`` and write ``OUT/diagnosis.json``; one about these very models is kept.
 
     Peak memory is bounded (two windows of 256 MiB) for any number and size of models; each input is read once.
 
@@ -101,60 +110,90 @@ def diagnose(settings: DiagnosisSettings, progress: bool = True) -> Path:
         MergeError: models without the same tensors, or values that are not finite; it lists every one.
     """
     settings.check()
-    folders = [export_dir(model) for model in settings.models]
-    base = [export_dir(settings.base)] if settings.base else []
-    with Windows([*folders, *base]) as windows:
-        _check_same_tensors(windows)
-        by_tensor = _read_all(windows, bool(base), progress)
-    _check_finite(windows, by_tensor)
-    found = _groups(by_tensor, bool(base))
-    names = _names(settings.models)
+    has_base = settings.base is not None
+    out = Path(settings.out) / DIAGNOSIS
+    with _opened(settings) as readers:
+        request = _request(settings, readers)
+        if _holds(out, request):
+            logger.info("%s is about these very models: kept", out)
+            return out
+        _check_same_tensors(readers)
+        by_tensor = _read_all(readers, has_base, progress)
+        _check_finite(readers, by_tensor)
+        left_out = {*readers[0].places, *readers[0].left_out} - set(by_tensor)
+    found = _groups(by_tensor, has_base)
     result = {
-        "models": names,
-        "paths": [str(folder) for folder in folders],
-        "base": _names([settings.base])[0] if settings.base else None,
-        "left_out": sorted(set(windows.places[0]) - set(by_tensor)),
+        "models": _names(settings.models),
+        "paths": [str(reader.origin) for reader in readers[: len(settings.models)]],
+        "base": model_name(settings.base) if settings.base else None,
+        "left_out": sorted(left_out),
         **found,
-        "verdict": judge(found["modules"], bool(base)),
+        "verdict": judge(found["modules"], has_base),
+        "request": request,
         "versions": versions(),
         "commit": commit(),
     }
-    out = Path(settings.out) / DIAGNOSIS
     write_json_atomic(out, result)
     return out
 
 
+def is_diagnosed(settings: DiagnosisSettings) -> bool:
+    """Whether ``OUT/diagnosis.json`` is about these very models as they are now; reads a small part of them."""
+    with _opened(settings) as readers:
+        return _holds(Path(settings.out) / DIAGNOSIS, _request(settings, readers))
+
+
+def _opened(settings: DiagnosisSettings) -> AbstractContextManager[list[ExportReader]]:
+    """The models, and the parent, where there is one, last."""
+    return opened([*settings.models, *([settings.base] if settings.base else [])])
+
+
+def _request(settings: DiagnosisSettings, readers: Sequence[ExportReader]) -> dict[str, Any]:
+    """What was asked, and of which models: equal requests have equal figures."""
+    inputs = []
+    for reader in readers:
+        files = reader.weight_files()
+        sampled = sampled_sha256(reader.folder / CONFIG, files)
+        inputs.append({"sampled_sha256": sampled, "mtime_ns": [file.stat().st_mtime_ns for file in files]})
+    return {"version": VERSION, "models": settings.models, "base": settings.base, "inputs": inputs}
+
+
+def _holds(file: Path, request: Mapping[str, Any]) -> bool:
+    return file.exists() and read_json(file).get("request") == request
+
+
 def _names(models: Sequence[str]) -> list[str]:
     """Names of runs for the tables; the whole path where two share one."""
-    short = [Path(m).parent.name if Path(m).name == "export" else Path(m).name for m in models]
+    short = [model_name(model) for model in models]
     return [name if short.count(name) == 1 else model for name, model in zip(short, models, strict=True)]
 
 
-def _check_same_tensors(windows: Windows) -> None:
-    problems = []
-    first, *others = zip(windows.folders, windows.places, strict=True)
-    for folder, places in others:
-        for name in sorted(first[1].keys() ^ places.keys()):
-            problems.append(f"{name} is in {(first[0] if name in first[1] else folder)} only")
-        for name in first[1].keys() & places.keys():
-            if first[1][name].shape != places[name].shape:
-                shapes = f"{list(places[name].shape)} in {folder} and {list(first[1][name].shape)} in {first[0]}"
-                problems.append(f"{name} has the shape {shapes}")
+def _check_same_tensors(readers: Sequence[ExportReader]) -> None:
+    problems = [one.text for one in drop_doubles(readers)]
+    first, *others = readers
+    for other in others:
+        for name in sorted(first.places.keys() ^ other.places.keys()):
+            problems.append(f"{name} is in {(first if name in first.places else other).origin} only")
+        for name in first.places.keys() & other.places.keys():
+            mine, theirs = list(first.places[name].shape), list(other.places[name].shape)
+            if mine != theirs:
+                problems.append(f"{name} has the shape {theirs} in {other.origin} and {mine} in {first.origin}")
     if problems:
         raise MergeError(problems)
-    if not any(place.dtype in AVERAGED_DTYPES and place.elements for place in first[1].values()):
-        raise SettingsError(f"{first[0]} holds no tensor of floating point numbers: name exports of models")
+    if not any(place.dtype in AVERAGED_DTYPES and place.elements for place in first.places.values()):
+        raise SettingsError(f"{first.origin} holds no tensor of floating point numbers: name exports of models")
 
 
-def _read_all(windows: Windows, has_base: bool, progress: bool) -> dict[str, Sums]:
+def _read_all(readers: Sequence[ExportReader], has_base: bool, progress: bool) -> dict[str, Sums]:
+    windows = Windows(readers)
     chosen = {
         name: place
-        for name, place in windows.places[0].items()
+        for name, place in readers[0].places.items()
         if place.dtype in AVERAGED_DTYPES and place.elements and not name.startswith(UNREAD)
     }
-    models = len(windows.folders) - has_base
+    models = len(readers) - has_base
     by_tensor = {}
-    total = sum(place.elements for place in chosen.values()) * len(windows.folders)
+    total = sum(place.elements for place in chosen.values()) * len(readers)
     quiet = None if progress else True  # None: no bar where stderr is no terminal
     with tqdm(total=total, unit=" values", unit_scale=True, desc="diagnose", disable=quiet) as bar:
         for name in chosen:
@@ -166,14 +205,14 @@ def _read_all(windows: Windows, has_base: bool, progress: bool) -> dict[str, Sum
     return by_tensor
 
 
-def _check_finite(windows: Windows, by_tensor: Mapping[str, Sums]) -> None:
+def _check_finite(readers: Sequence[ExportReader], by_tensor: Mapping[str, Sums]) -> None:
     problems = []
     for name, sums in by_tensor.items():
-        squares = zip(windows.folders, sums.squares.tolist(), strict=False)  # the parent comes last and has its own
-        broken = [folder for folder, square in squares if not np.isfinite(square)]
+        squares = zip(readers, sums.squares.tolist(), strict=False)  # the parent comes last and has its own
+        broken = [reader for reader, square in squares if not np.isfinite(square)]
         if not np.isfinite(sums.origin_square) and not broken:
-            broken = [windows.folders[-1]]
-        problems += [f"{folder}: {name} holds NaN or infinity" for folder in broken]
+            broken = [readers[-1]]
+        problems += [f"{reader.origin}: {name} holds NaN or infinity" for reader in broken]
     if problems:
         raise MergeError(problems)
 

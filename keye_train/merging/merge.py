@@ -27,7 +27,7 @@ from keye_train.merging.input_hashes import InputHashes
 from keye_train.merging.output import check_room, partial_output
 from keye_train.merging.reading import ExportReader
 from keye_train.merging.rules import check_patterns, model_weights
-from keye_train.merging.sources import last_checkpoints, open_model
+from keye_train.merging.sources import last_checkpoints, opened
 from keye_train.merging.streaming import PlannedTensor, plan_shards, write_index
 from keye_train.merging.weights import merge_weights
 from keye_train.runs import MANIFEST, commit, file_sha256, read_json, versions, write_json_atomic
@@ -49,7 +49,7 @@ def merge(settings: MergeSettings, progress: bool = True) -> Path:
     where a merge was interrupted, it goes on behind the last whole file.
 
     Args:
-        settings: what to merge; run folders stand for their exports.
+        settings: what to merge; see ``open_model`` for what a model may be.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -66,8 +66,7 @@ def merge(settings: MergeSettings, progress: bool = True) -> Path:
     if settings.last is not None:
         settings = replace(settings, models=last_checkpoints(settings.models[0], settings.last), last=None)
     # The base, where a method has one, comes last.
-    readers = [open_model(model) for model in [*settings.models, *([settings.base] if settings.base else [])]]
-    try:
+    with opened([*settings.models, *([settings.base] if settings.base else [])]) as readers:
         out = Path(settings.out)
         request = _request(settings, readers)
         if out.exists():
@@ -75,9 +74,6 @@ def merge(settings: MergeSettings, progress: bool = True) -> Path:
             logger.info("%s already holds this merge", out)
             return out
         _merge(settings, readers, out, request, progress)
-    finally:
-        for reader in readers:
-            reader.close()
     logger.info("merged %d models into %s", len(readers), out)
     return out
 

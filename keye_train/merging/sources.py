@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from keye_train.checkpoints import WEIGHTS as STATE_OF_WEIGHTS
@@ -47,6 +49,17 @@ def open_model(path: str | Path) -> ExportReader:
     if (folder / COMPLETE).exists():
         return _open_checkpoint(folder)
     return ExportReader(export_dir(folder))
+
+
+@contextmanager
+def opened(paths: Iterable[str | Path]) -> Iterator[list[ExportReader]]:
+    """Models, open inside the block. Every command about averages takes its models from here.
+
+    Raises:
+        FileNotFoundError, SettingsError, ExportError: as ``open_model``.
+    """
+    with ExitStack() as stack:
+        yield [stack.enter_context(closing(open_model(path))) for path in paths]
 
 
 def _open_checkpoint(folder: Path) -> ExportReader:

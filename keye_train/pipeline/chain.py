@@ -102,13 +102,16 @@ def _mix(settings: PipelineSettings, clock: Clock) -> list[str]:
     """Diagnosis, curve and search; folders of the soups that were accepted."""
     if settings.soup is None:
         return []
-    from keye_train.merging.diagnosis import diagnose
+    from keye_train.merging.diagnosis import diagnose, is_diagnosed
     from keye_train.soups import draw_curve, search_soup
 
     if settings.soup.diagnose:
+        wanted = plan.diagnosis_settings(settings)
         clock.begin(plan.DIAGNOSIS)
-        diagnose(plan.diagnosis_settings(settings))
-        clock.end(plan.DIAGNOSIS)
+        kept = is_diagnosed(wanted)
+        if not kept:
+            diagnose(wanted)
+        clock.end(plan.DIAGNOSIS, kept=kept)
     if settings.soup.curve_points:
         clock.begin(plan.CURVE)
         draw_curve(plan.curve_settings(settings))

@@ -70,6 +70,7 @@ from keye_train.settings.tasks import (
     PipelineSettings,
     PipelineStageSettings,
     mixture_overrides,
+    model_name,
 )
 from keye_train.settings.training import (
     DeepSpeedSettings,
@@ -140,4 +141,5 @@ __all__ = [
     "WatchdogSettings",
     "ZeroshotSettings",
     "mixture_overrides",
+    "model_name",
 ]

@@ -43,13 +43,13 @@ METHODS: dict[MergeMethod, MethodAbout] = {
         needs=frozenset({"last"}),
     ),
     MergeMethod.wma: MethodAbout(
-        "weights 1, 2, ..., K, oldest first",
-        "linearly weighted mean",
+        "sum of i x_i / sum of i, i = 1, 2, ..., K, oldest first",
+        "Li et al. 2025, Model merging in pre-training, WMA",
         "checkpoints of one run that still improves",
         may=frozenset({"last"}),
     ),
     MergeMethod.ema: MethodAbout(
-        "a_i = decay a_(i-1) + (1 - decay) x_i, oldest first",
+        "a_1 = x_1, a_i = decay a_(i-1) + (1 - decay) x_i, oldest first",
         "Tarvainen and Valpola 2017, Mean teachers, equation 1",
         "checkpoints of one run whose rate still moves",
         needs=frozenset({"decay"}),

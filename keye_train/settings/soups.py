@@ -28,7 +28,7 @@ class DiagnosisSettings:
     """One run of ``keye-merge diagnose``."""
 
     models: list[str]
-    """Run folders or exports to compare."""
+    """Models to compare, each as ``keye-merge`` takes it: run folders, exports, checkpoints, folders of safetensors."""
     out: str
     base: str | None = None
     """The common parent. Without it distances are compared, but no deltas."""
@@ -68,7 +68,7 @@ class CurveSettings(ScoringSettings):
     """One run of ``keye-merge curve``: loss along the line between two models."""
 
     models: list[str]
-    """Two run folders or exports: t = 0 and t = 1."""
+    """Two models as ``keye-merge`` takes them, t = 0 and t = 1; Keye models with their tokenizer."""
     data: DataSettings
     out: str
     points: int = 11
@@ -128,7 +128,7 @@ class SoupSettings(SearchSettings, ScoringSettings):
     """One run of ``keye-merge search``."""
 
     models: list[str]
-    """Run folders or exports to mix."""
+    """Models to mix, as ``keye-merge`` takes them; Keye models with their tokenizer."""
     data: DataSettings
     out: str
     """Folder of the results and of the cache; an accepted soup is written below it as soup_greedy/ and

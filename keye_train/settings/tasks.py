@@ -39,8 +39,7 @@ class EvaluationSettings(AnswerSettings):
         """
         named: dict[str, str] = {}
         for model in self.models:
-            folder = PurePath(model)
-            name = folder.parent.name if folder.name == "export" else folder.name
+            name = model_name(model)
             if name in named:
                 raise SettingsError(f"models: {named[name]} and {model} share the name '{name}'; rename a folder")
             named[name] = model
@@ -55,6 +54,14 @@ class EvaluationSettings(AnswerSettings):
         for name in ("samples_per_task", "batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1")
+
+
+def model_name(model: str) -> str:
+    """Name in the tables of a run folder, an export (its run's), a checkpoint (RUN/step-N) or another folder."""
+    folder = PurePath(model)
+    if folder.parent.name == "checkpoints":
+        return f"{folder.parent.parent.name}/{folder.name}"
+    return folder.parent.name if folder.name == "export" else folder.name
 
 
 def mixture_overrides(name: str, shares: Mapping[str, float]) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from keye_train.evaluation.heldout import read_tasks
 from keye_train.runs import commit, versions, write_json_atomic
 from keye_train.settings import CurveSettings, EvaluationSettings, SettingsError, SoupMetric
 from keye_train.soups.bootstrap import interval, resample
-from keye_train.soups.scoreboard import Models, Scoreboard
+from keye_train.soups.scoreboard import Scoreboard, opened_models
 
 CURVE = "curve.json"
 
@@ -32,13 +32,14 @@ def draw_curve(settings: CurveSettings, progress: bool = True) -> Path:
     """
     settings.check()
     out = Path(settings.out)
-    models = Models(EvaluationSettings(models=settings.models, data=settings.data, out=settings.out).named_models())
+    named = EvaluationSettings(models=settings.models, data=settings.data, out=settings.out).named_models()
     tasks = read_tasks(settings.data, settings.samples_per_task, settings.seed)
     if not tasks:
         raise SettingsError(f"data={settings.data.name} has no held-out tasks: set data.heldout")
-    board = Scoreboard(models, tasks, settings.data, settings, out, progress)
     places = line_places(settings.points, settings.beyond)
-    values = [board.values((1 - t, t)) for t in places]
+    with opened_models(named, out) as models:
+        board = Scoreboard(models, tasks, settings.data, settings, out, progress)
+        values = [board.values((1 - t, t)) for t in places]
     write_json_atomic(
         out / CURVE,
         {

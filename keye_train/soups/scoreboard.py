@@ -9,13 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from keye_train.evaluation.candidates import CandidateScorer, Values, scoring_fingerprint
 from keye_train.evaluation.exports import Export
+from keye_train.evaluation.fingerprints import FileHashes
 from keye_train.evaluation.heldout import Heldout
+from keye_train.merging import MergeError
 from keye_train.merging.blend import Blend
+from keye_train.merging.reading import ExportReader
+from keye_train.merging.sources import opened
 from keye_train.runs import read_json, write_json_atomic
 from keye_train.settings import DataSettings, ScoringSettings, SettingsError
 from keye_train.soups.search import exact
@@ -26,24 +31,76 @@ CACHE = "cache"
 
 
 class Models:
-    """The exports that are mixed."""
+    """The models that are mixed."""
 
-    def __init__(self, names: Mapping[str, str]) -> None:
+    def __init__(self, names: Sequence[str], readers: Sequence[ExportReader], cache: Path) -> None:
         """Args:
-            names: name in the tables -> run folder or export.
+            names: in the tables.
+            readers: stay open as long as values are asked for.
+            cache: where hashes of their files are kept.
 
         Raises:
-            FileNotFoundError, ExportError: one is absent or broken.
-            MergeError: they cannot be averaged.
+            SettingsError: one cannot answer held-out samples; it lists what each lacks.
+            MergeError: they cannot be averaged, or a file of a checkpoint is damaged.
         """
-        self.exports = [Export.open(name, path) for name, path in names.items()]
-        self.blend = Blend([export.folder for export in self.exports])
-        self.fingerprints = [export.fingerprint() for export in self.exports]
+        self.exports = [
+            Export(name, reader.folder, read_json(reader.folder / "config.json"))
+            for name, reader in zip(names, readers, strict=True)
+        ]
+        self.paths = [str(reader.origin) for reader in readers]
+        self._require_answers()
+        self.blend = Blend(readers)
+        hashes = FileHashes(cache)
+        _check_seals(readers, hashes)
+        self.fingerprints = [
+            export.fingerprint(hashes, reader.weight_files())
+            for export, reader in zip(self.exports, readers, strict=True)
+        ]
+
+    def _require_answers(self) -> None:
+        lacking = [
+            f"- {path}: {', '.join(missing)}"
+            for path, export in zip(self.paths, self.exports, strict=True)
+            if (missing := export.lacking())
+        ]
+        if lacking:
+            raise SettingsError(
+                "models: these cannot answer held-out samples, by which curve and search score. Put what is missing "
+                "beside the weights, or name other models (keye-merge and keye-merge diagnose need none of it):\n"
+                + "\n".join(lacking)
+            )
 
     @property
     def names(self) -> list[str]:
         """Names in the tables."""
         return [export.name for export in self.exports]
+
+
+@contextmanager
+def opened_models(names: Mapping[str, str], out: Path) -> Iterator[Models]:
+    """The models of a command that scores, open inside the block.
+
+    Args:
+        names: name in the tables -> whatever ``keye-merge`` takes for a model.
+        out: folder of the results.
+
+    Raises:
+        FileNotFoundError, ExportError: one is absent or broken.
+        SettingsError, MergeError: as ``Models``.
+    """
+    with opened(names.values()) as readers:
+        yield Models(list(names), readers, out / CACHE)
+
+
+def _check_seals(readers: Sequence[ExportReader], hashes: FileHashes) -> None:
+    problems = [
+        f"{file} does not match the checksum of its checkpoint: it is damaged; take another one"
+        for reader in readers
+        for file in reader.weight_files()
+        if file in reader.sealed and hashes(file) != reader.sealed[file]
+    ]
+    if problems:
+        raise MergeError(problems)
 
 
 class Scoreboard:

@@ -31,7 +31,7 @@ from keye_train.settings import (
     SoupSettings,
 )
 from keye_train.soups.bootstrap import interval, resample
-from keye_train.soups.scoreboard import Models, Scoreboard
+from keye_train.soups.scoreboard import Models, Scoreboard, opened_models
 from keye_train.soups.search import BudgetSpentError, Trials, exact, greedy, nelder_mead, normalised, one_hot
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,12 @@ def search_soup(settings: SoupSettings, progress: bool = True) -> Path:
     """
     settings.check()
     out = Path(settings.out)
-    models = Models(EvaluationSettings(models=settings.models, data=settings.data, out=settings.out).named_models())
+    named = EvaluationSettings(models=settings.models, data=settings.data, out=settings.out).named_models()
+    with opened_models(named, out) as models:
+        return _search_and_judge(settings, models, out, progress)
+
+
+def _search_and_judge(settings: SoupSettings, models: Models, out: Path, progress: bool) -> Path:
     confirming, selecting = split(settings)
     selection = Scoreboard(models, selecting, settings.data, settings, out, progress)
     trials, found = _search(settings, selection, len(models.exports))
@@ -72,7 +77,7 @@ def search_soup(settings: SoupSettings, progress: bool = True) -> Path:
     )
     result = {
         "models": models.names,
-        "paths": [str(export.folder) for export in models.exports],
+        "paths": models.paths,
         "fingerprints": models.fingerprints,
         "data": settings.data.name,
         "metric": settings.metric.value,

@@ -139,20 +139,9 @@ def describe_parent(settings: TrainSettings) -> dict[str, str] | None:
 def export_fingerprint(folder: Path) -> str:
     """SHA-256 that tells two exports apart, in time that does not grow with the model.
 
-    Covers config.json, and of each weight file its name, size and 256 blocks of 64 KiB spread evenly over it (all of it
-    where it is smaller). Any further training changes nearly every weight, so it changes nearly every block.
+    See ``runs.sampled_sha256``. Any further training changes nearly every weight, so it changes nearly every block.
     """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        block, count = 1 << 16, 256
-        stride = max(block, size // count)
-        with path.open("rb") as handle:
-            for start in range(0, size, stride):
-                handle.seek(start)
-                digest.update(handle.read(block))
-    return digest.hexdigest()
+    return runs.sampled_sha256(folder / "config.json", sorted(folder.glob("*.safetensors")))
 
 
 def begin(

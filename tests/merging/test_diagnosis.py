@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from keye_train.merging import MergeError
 from keye_train.merging import windows as windows_module
-from keye_train.merging.diagnosis import diagnose, module_of
+from keye_train.merging.diagnosis import diagnose, is_diagnosed, module_of
 from keye_train.report import write_merge_page
 from keye_train.settings import DiagnosisSettings, SettingsError
 
@@ -93,6 +95,30 @@ def test_siblings_are_told_from_strangers(tmp_path: Path, export: Callable[..., 
     opposed = run(tmp_path / "opposed", [folders[0], against], tmp_path / "parent")
     assert opposed["verdict"]["verdict"] == "apart"
     assert opposed["modules"]["all"]["cosine"][0][1] == pytest.approx(-1, abs=1e-5)
+
+
+def test_a_diagnosis_of_the_same_models_is_kept_and_of_changed_ones_made_anew(
+    tmp_path: Path, export: Callable[..., Path], found: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, models, result, folders = found
+    read: list[str] = []
+    windows = windows_module.Windows.read
+    monkeypatch.setattr(windows_module.Windows, "read", lambda self, name: (read.append(name), windows(self, name))[1])
+    wanted = DiagnosisSettings(
+        models=[str(folder) for folder in folders], base=str(tmp_path / "parent"), out=str(tmp_path / "out")
+    )
+    assert is_diagnosed(wanted)
+    assert run(tmp_path, folders, tmp_path / "parent") == result
+    assert not read
+    assert not is_diagnosed(replace(wanted, base=None))
+    moved = models[2] | {"model.layers.0.w": 2 * models[2]["model.layers.0.w"]}
+    shutil.rmtree(folders[2])
+    export("m2", moved, shards=3)
+    assert not is_diagnosed(wanted)
+    again = run(tmp_path, folders, tmp_path / "parent")
+    assert len(read) == len(NAMES)
+    assert again["tensors"]["model.layers.0.w"] != result["tensors"]["model.layers.0.w"]
+    assert is_diagnosed(wanted)
 
 
 def test_layers_and_modules_are_named(found: Any) -> None:

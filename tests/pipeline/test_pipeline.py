@@ -87,11 +87,12 @@ def test_the_report_is_one_page_with_the_table_of_every_model(chain: Path) -> No
 
 def test_a_second_call_keeps_what_is_finished(chain: Path) -> None:
     root = chain / "runs" / "smoke"
-    before = {path: path.stat().st_mtime_ns for path in root.glob("*/export/*.safetensors")}
+    kept = [*root.glob("*/export/*.safetensors"), root / "soup" / "diagnosis.json"]
+    before = {path: path.stat().st_mtime_ns for path in kept}
     done = _run(chain)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {path: path.stat().st_mtime_ns for path in root.glob("*/export/*.safetensors")} == before
-    assert done.stdout.count("already finished, kept") == len(RUNS)
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    assert done.stdout.count("already finished, kept") == len([*RUNS, "diagnosis"])
 
 
 SHORT = ("stages.stage3.enabled=false", "merged=[]", "soup=null")

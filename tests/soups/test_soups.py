@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import png, question, toy_settings, write_exports, write_shard
 
-from keye_train.evaluation import evaluate
+from keye_train.evaluation import evaluate, fingerprints
 from keye_train.evaluation.candidates import CandidateScorer, Values
+from keye_train.evaluation.exports import Export
 from keye_train.merging import merge
 from keye_train.merging.blend import Blend
+from keye_train.merging.sources import opened
 from keye_train.report import write_merge_page
+from keye_train.runs import file_sha256
 from keye_train.settings import (
     CurveSettings,
     DataSettings,
@@ -79,6 +84,11 @@ def soup(world: Any, out: Path, **values: Any) -> SoupSettings:
     return replace(wanted, **values)
 
 
+def blend(models: list[str], weights: list[float]) -> dict[str, torch.Tensor]:
+    with opened(models) as readers:
+        return dict(Blend(readers).tensors(weights))
+
+
 @pytest.fixture(scope="module")
 def searched(world: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("soup")
@@ -90,7 +100,7 @@ def test_a_blend_is_the_merge_bit_for_bit(world: Any, tmp_path: Path, weights: l
     _, exports = world
     wanted = MergeSettings(models=exports, out=str(tmp_path / "m"), method=MergeMethod.weighted, weights=weights)
     written = load_file(merge(wanted, progress=False) / "model.safetensors")
-    blended = dict(Blend([Path(export) for export in exports]).tensors(weights))
+    blended = blend(exports, weights)
     assert written.keys() == blended.keys()
     assert all(torch.equal(written[name], blended[name]) for name in written)
 
@@ -106,18 +116,15 @@ def test_a_candidate_in_memory_scores_what_keye_eval_gives_its_export(world: Any
     for metric, key in ((SoupMetric.loss, "mean_loss"), (SoupMetric.score, "mean_score")):
         settings = soup(world, tmp_path / "s", metric=metric, max_new_tokens=4)
         confirming, _ = split(settings)
-        from keye_train.evaluation.exports import Export
-
         scorer = CandidateScorer(Export.open("a", exports[0]), confirming, data, settings, progress=False)
-        state = Blend([Path(export) for export in exports]).tensors(weights)
-        assert scorer.score(state).mean() == pytest.approx(model[key], rel=1e-6)
+        assert scorer.score(blend(exports, weights).items()).mean() == pytest.approx(model[key], rel=1e-6)
 
 
 def test_the_uniform_candidate_is_the_uniform_merge(world: Any, tmp_path: Path) -> None:
     _, exports = world
     written = load_file(merge(MergeSettings(models=exports, out=str(tmp_path / "m")), False) / "model.safetensors")
     thirds = exact(normalised([1.0, 1.0, 1.0]))
-    blended = dict(Blend([Path(export) for export in exports]).tensors(thirds))
+    blended = blend(exports, thirds)
     assert all(torch.equal(written[name], blended[name]) for name in written)
     assert exact((0.25, 0.75)) == [0.25, 0.75]
 
@@ -244,6 +251,44 @@ def test_the_curve_meets_the_models_at_its_ends(world: Any, searched: Any, tmp_p
     page = write_merge_page(tmp_path / "merge.html", "T", curve=result, soup=searched[1]).read_text()
     assert "soup_weights" in page
     assert "straight line" in page
+
+
+def test_models_that_answer_nothing_are_named_with_what_they_lack(world: Any, tmp_path: Path) -> None:
+    data, exports = world
+    bare, foreign = tmp_path / "bare", tmp_path / "foreign"
+    for folder in (bare, foreign):
+        shutil.copytree(exports[0], folder)
+    (bare / "tokenizer.json").unlink()
+    config = json.loads((bare / "config.json").read_text())
+    (foreign / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    (bare / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if key != "eos_token_id"})
+    )
+    with pytest.raises(SettingsError) as caught:
+        draw_curve(CurveSettings(models=[str(bare), str(foreign)], data=data, out=str(tmp_path / "out")), False)
+    assert f"{bare}: it has no tokenizer.json, its config.json has no eos_token_id" in str(caught.value)
+    assert f"{foreign}: it is a model of the type llama, not Keye" in str(caught.value)
+
+
+def test_files_are_hashed_again_when_they_change_and_only_then(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(fingerprints, "file_sha256", lambda file: (read.append(file.name), file_sha256(file))[1])
+    folder = tmp_path / "a"
+    shutil.copytree(world[1][0], folder)
+    export = Export.open("a", str(folder))
+    first = export.fingerprint(fingerprints.FileHashes(tmp_path))
+    assert read == ["config.json", "tokenizer.json", "model.safetensors"]
+    read.clear()
+    assert export.fingerprint(fingerprints.FileHashes(tmp_path)) == first
+    assert read == ["config.json", "tokenizer.json"]
+    file = folder / "model.safetensors"
+    content, before = bytearray(file.read_bytes()), file.stat()
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as an archive would unpack it
+    assert export.fingerprint(fingerprints.FileHashes(tmp_path)) != first
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks
@@ -19,10 +20,20 @@ from torch import Tensor
 
 from keye_train import runs
 from keye_train.data.ledger import read_ledger
+from keye_train.merging import MergeError, merge
+from keye_train.merging.diagnosis import diagnose
 from keye_train.report.collect import read_root
 from keye_train.report.difference import compare_runs
 from keye_train.report.forecasts import forecast_table
-from keye_train.settings import SettingsError
+from keye_train.settings import (
+    CurveSettings,
+    DiagnosisSettings,
+    MergeMethod,
+    MergeSettings,
+    SettingsError,
+    SoupSettings,
+)
+from keye_train.soups import draw_curve, search_soup
 from keye_train.training.trainer import train
 
 STAGE = "2_multitask"
@@ -241,6 +252,56 @@ def _forget_the_end(run_dir: Path) -> None:
     """As if the process had died before its export was whole."""
     manifest = runs.read_json(run_dir / runs.MANIFEST)
     runs.write_json_atomic(run_dir / runs.MANIFEST, manifest | {"status": "running"})
+
+
+class TestCommandsAboutAverages:
+    """Checkpoints of two ranks are taken as they are, and stand for the models that they would be exported as."""
+
+    @pytest.fixture
+    def pairs(self, two_processes: Path, tmp_path: Path) -> list[list[str]]:
+        """The two newest checkpoints; and the models that they stand for as exports."""
+        sharded = [str(two_processes / runs.CHECKPOINTS / f"step-{step}") for step in (10, STEPS)]
+        assert len(list(Path(sharded[0]).glob("rank-*.safetensors"))) == 2
+        first = MergeSettings(sharded, str(tmp_path / "first"), method=MergeMethod.weighted, weights=[1.0, 0.0])
+        return [sharded, [str(merge(first, progress=False)), str(two_processes)]]
+
+    def test_diagnosis(self, pairs: list[list[str]], one_process: Path, tmp_path: Path) -> None:
+        sharded, exported = (
+            runs.read_json(
+                diagnose(DiagnosisSettings(models=models, base=str(one_process), out=str(tmp_path / str(n))), False)
+            )
+            for n, models in enumerate(pairs)
+        )
+        assert sharded["models"] == ["two/step-10", f"two/step-{STEPS}"]
+        assert sharded["modules"] == exported["modules"]
+        assert sharded["modules"]["all"]["distance"][0][1] > 0
+
+    def test_curve_and_search(self, toy_corpus: ToyCorpus, pairs: list[list[str]], tmp_path: Path) -> None:
+        data = toy_corpus.settings(STAGE, tmp_path).data
+        few: dict[str, Any] = {"data": data, "samples_per_task": 3}
+        curves = [
+            runs.read_json(draw_curve(CurveSettings(models=models, out=str(tmp_path / str(n)), points=3, **few), False))
+            for n, models in enumerate(pairs)
+        ]
+        assert curves[0]["points"] == curves[1]["points"]
+        wanted = SoupSettings(models=pairs[0], out=str(tmp_path / "soup"), selection_per_task=3, budget=6, **few)
+        found = runs.read_json(search_soup(wanted, False))
+        ends = [curves[0]["points"][place]["metric"] for place in (0, -1)]
+        assert [row["metric"] for row in found["rows"][:2]] == ends
+        assert found["paths"] == pairs[0]
+
+    def test_one_that_is_damaged(self, toy_corpus: ToyCorpus, two_processes: Path, tmp_path: Path) -> None:
+        run_dir = tmp_path / "run"
+        shutil.copytree(two_processes, run_dir)
+        models = [run_dir / runs.CHECKPOINTS / f"step-{step}" for step in (10, STEPS)]
+        shard = models[1] / "rank-00001.safetensors"
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+        data = toy_corpus.settings(STAGE, tmp_path).data
+        wanted = CurveSettings(models=[str(model) for model in models], data=data, out=str(tmp_path / "curve"))
+        with pytest.raises(MergeError, match=rf"{shard} does not match the checksum of its checkpoint"):
+            draw_curve(wanted, progress=False)
 
 
 class TestRunFolder:
