@@ -1,6 +1,6 @@
 """``python -m benchmarks``: every benchmark, one after another."""
 
-from benchmarks import checkpoint, draw, loader, loss_memory, model_step, overhead, padded_trainer, plan
+from benchmarks import checkpoint, draw, loader, loss_memory, merge, model_step, overhead, padded_trainer, plan
 
 if __name__ == "__main__":
     plan.main()
@@ -11,3 +11,4 @@ if __name__ == "__main__":
     model_step.main([])
     padded_trainer.main([])
     overhead.main([])
+    merge.main(["--gb", "1"])

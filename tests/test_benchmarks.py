@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import model_step, padded_trainer
+from benchmarks import merge, model_step, padded_trainer
 from benchmarks.samples import MIX, draw_samples, into_packs
 from benchmarks.step_cases import CPU_CASES, Case, forecast, saved_bytes, step_flops
 from keye_train.data.packing import Budget
@@ -83,3 +83,16 @@ def test_options_that_cannot_hold_are_refused_at_once(
     with pytest.raises(SystemExit):
         model_step.main(options)
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(["measure"], "needs --folder"), (["--turns", "0"], "--turns"), (["--gb", "1e9"], "choose a smaller --gb")],
+)
+def test_a_merge_that_cannot_be_measured_writes_nothing(
+    options: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        merge.main(options)
+    assert named in capsys.readouterr().err
+    assert not merge.FOLDER.exists()
