@@ -206,7 +206,7 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
         parser.error("--turns: at least 1")
     if FOLDER.exists():
         parser.error(f"{FOLDER} is left of a run that was killed, or of one that still runs: remove it")
-    needed = (7 if arguments.dtype == "float32" else 5) * arguments.gb * 1e9  # three models, a result and a copy of it
+    needed = 1.05 * (5 if arguments.dtype == "float32" else 4) * arguments.gb * 1e9  # three models and a result
     free = shutil.disk_usage(Path()).free
     if free < needed:
         parser.error(f"{FOLDER} takes {needed:,.0f} bytes and {free:,} are free: choose a smaller --gb")
