@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from keye_train.runs import file_sha256, read_json, write_json_atomic
 
@@ -22,7 +23,7 @@ class FileHashes:
         cache: folder; ``cache / "files.json"`` keeps what is known.
         """
         self._store = cache / FILES
-        self._known = read_json(self._store) if self._store.exists() else {}
+        self._known: dict[str, dict[str, Any]] = read_json(self._store) if self._store.exists() else {}
 
     def __call__(self, file: Path) -> str:
         """SHA-256 of a file, in hexadecimal."""
