@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
-# One thread that waits without spinning: the tests run two processes side by side, each with its own ranks.
-QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE WANDB_MODE=offline HF_HUB_OFFLINE=1
+# One thread that waits without spinning: the tests run two processes side by side, each with its own ranks. Modules are
+# compiled once, also where the caller's environment forbids bytecode: the tests start some hundred processes.
+QUIET := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE WANDB_MODE=offline HF_HUB_OFFLINE=1
 
 KILLS ?= 100
 SEED ?= 0
@@ -29,7 +30,7 @@ demo: $(STAMP) ## train a tiny Keye through the whole chain; writes runs/demo/re
 	$(BIN)/keye-pipeline pipeline=demo
 
 test: check ## style, types, import contract and every test
-	$(QUIET) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 check: $(STAMP) ## style, types and import contract
 	$(BIN)/ruff check .

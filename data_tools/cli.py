@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import sys
 from collections.abc import Sequence
 
-from data_tools import check, fit_cost_cmd, index_cmd, ingest, ledger_cmd, plan_cmd, requeue_cmd, stats, view_cmd
-from data_tools.demo import cli as demo
+COMMANDS = {
+    "ingest": "data_tools.ingest",
+    "index": "data_tools.index_cmd",
+    "check": "data_tools.check",
+    "stats": "data_tools.stats",
+    "plan": "data_tools.plan_cmd",
+    "view": "data_tools.view_cmd",
+    "ledger": "data_tools.ledger_cmd",
+    "requeue": "data_tools.requeue_cmd",
+    "fit-cost": "data_tools.fit_cost_cmd",
+    "demo": "data_tools.demo.cli",
+}
+"""Command -> module. Only that of the command asked for is imported: all together take many seconds."""
 
 DESCRIPTION = """\
 Make, check and describe the shards that keye-train reads.
@@ -39,21 +51,32 @@ examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser with all commands."""
+def build_parser(commands: Sequence[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """The parser with these commands."""
     parser = argparse.ArgumentParser(
         "keye-data", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--verbose", action="store_true", help="log more")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (ingest, index_cmd, check, stats, plan_cmd, view_cmd, ledger_cmd, requeue_cmd, fit_cost_cmd, demo):
-        command.add_parser(subparsers)
+    for command in commands:
+        importlib.import_module(COMMANDS[command]).add_parser(subparsers)
     return parser
+
+
+def _asked(words: Sequence[str]) -> Sequence[str]:
+    """The command that the words name, else all: for the help, or for the error that lists them."""
+    for word in words:
+        if word in ("-h", "--help"):
+            break
+        if not word.startswith("-"):
+            return [word] if word in COMMANDS else list(COMMANDS)
+    return list(COMMANDS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``keye-data``."""
-    arguments = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = build_parser(_asked(words)).parse_args(words)
     logging.basicConfig(
         level=logging.DEBUG if arguments.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )

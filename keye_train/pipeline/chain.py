@@ -75,10 +75,10 @@ def _checked(settings: PipelineSettings) -> Clock:
 
 
 def _run_parts(settings: PipelineSettings, clock: Clock) -> Path:
-    """Every part in order; the file of the evaluation's results."""
-    from keye_train.evaluation import evaluate
-    from keye_train.merging import merge
+    """Every part in order; the file of the evaluation's results.
 
+    Model and merging are imported when their part begins: they take seconds, and a fault in the data shows first.
+    """
     if settings.prepare:
         clock.begin("data")
         call("data", settings.prepare)
@@ -88,10 +88,14 @@ def _run_parts(settings: PipelineSettings, clock: Clock) -> Path:
     for _, branches in groupby(settings.runs(), key=lambda run: run.entry):
         _run_stages(settings, list(branches), clock)
     if settings.merged:
+        from keye_train.merging import merge
+
         clock.begin(plan.MERGE)
         merge(plan.merge_settings(settings))
         clock.end(plan.MERGE)
     soups = _mix(settings, clock)
+    from keye_train.evaluation import evaluate
+
     clock.begin(plan.EVALUATION)
     results = evaluate(plan.evaluation_settings(settings, soups))
     clock.end(plan.EVALUATION)
