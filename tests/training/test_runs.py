@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,11 @@ import torch
 from corpus import ToyCorpus
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
+from data_tools.shards import sample_key, write_shard
 from keye_train import runs
+from keye_train.data.index import build_index, tokenizer_fingerprint
 from keye_train.data.ledger import read_ledger
 from keye_train.merging import MergeError, merge
 from keye_train.merging.diagnosis import diagnose
@@ -27,11 +32,13 @@ from keye_train.report.difference import compare_runs
 from keye_train.report.forecasts import forecast_table
 from keye_train.settings import (
     CurveSettings,
+    DataSettings,
     DiagnosisSettings,
     MergeMethod,
     MergeSettings,
     SettingsError,
     SoupSettings,
+    SourceSettings,
 )
 from keye_train.soups import draw_curve, search_soup
 from keye_train.training.trainer import train
@@ -265,6 +272,23 @@ class TestCommandsAboutAverages:
         first = MergeSettings(sharded, str(tmp_path / "first"), method=MergeMethod.weighted, weights=[1.0, 0.0])
         return [sharded, [str(merge(first, progress=False)), str(two_processes)]]
 
+    @pytest.fixture
+    def asked(self, toy_corpus: ToyCorpus, tmp_path: Path) -> DataSettings:
+        """Six held-out samples with an answer."""
+        shard, tokenizer = tmp_path / "asked-0.tar", toy_corpus.folder / "tokenizer"
+        talks = [(f"What is {n} plus {n}?", f"{2 * n}") for n in range(6)]
+        records = [
+            {
+                "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": reply}],
+                "answer": reply,
+                "metric": "exact",
+            }
+            for text, reply in talks
+        ]
+        write_shard(shard, ((sample_key(n), {"json": json.dumps(one).encode()}) for n, one in enumerate(records)))
+        build_index(shard, PreTrainedTokenizerFast.from_pretrained(tokenizer), tokenizer_fingerprint(tokenizer))
+        return replace(toy_corpus.settings(STAGE, tmp_path).data, heldout={"sums": SourceSettings([str(shard)])})
+
     def test_diagnosis(self, pairs: list[list[str]], one_process: Path, tmp_path: Path) -> None:
         sharded, exported = (
             runs.read_json(
@@ -276,9 +300,8 @@ class TestCommandsAboutAverages:
         assert sharded["modules"] == exported["modules"]
         assert sharded["modules"]["all"]["distance"][0][1] > 0
 
-    def test_curve_and_search(self, toy_corpus: ToyCorpus, pairs: list[list[str]], tmp_path: Path) -> None:
-        data = toy_corpus.settings(STAGE, tmp_path).data
-        few: dict[str, Any] = {"data": data, "samples_per_task": 3}
+    def test_curve_and_search(self, asked: DataSettings, pairs: list[list[str]], tmp_path: Path) -> None:
+        few: dict[str, Any] = {"data": asked, "samples_per_task": 3}
         curves = [
             runs.read_json(draw_curve(CurveSettings(models=models, out=str(tmp_path / str(n)), points=3, **few), False))
             for n, models in enumerate(pairs)
@@ -290,7 +313,7 @@ class TestCommandsAboutAverages:
         assert [row["metric"] for row in found["rows"][:2]] == ends
         assert found["paths"] == pairs[0]
 
-    def test_one_that_is_damaged(self, toy_corpus: ToyCorpus, two_processes: Path, tmp_path: Path) -> None:
+    def test_one_that_is_damaged(self, asked: DataSettings, two_processes: Path, tmp_path: Path) -> None:
         run_dir = tmp_path / "run"
         shutil.copytree(two_processes, run_dir)
         models = [run_dir / runs.CHECKPOINTS / f"step-{step}" for step in (10, STEPS)]
@@ -298,8 +321,7 @@ class TestCommandsAboutAverages:
         content = bytearray(shard.read_bytes())
         content[-1] ^= 1
         shard.write_bytes(content)
-        data = toy_corpus.settings(STAGE, tmp_path).data
-        wanted = CurveSettings(models=[str(model) for model in models], data=data, out=str(tmp_path / "curve"))
+        wanted = CurveSettings(models=[str(model) for model in models], data=asked, out=str(tmp_path / "curve"))
         with pytest.raises(MergeError, match=rf"{shard} does not match the checksum of its checkpoint"):
             draw_curve(wanted, progress=False)
 
