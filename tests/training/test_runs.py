@@ -44,8 +44,8 @@ from keye_train.soups import draw_curve, search_soup
 from keye_train.training.trainer import train
 
 STAGE = "2_multitask"
-STEPS = 12
-LONG = (f"stage.steps={STEPS}", "deepspeed.zero_stage=3", "checkpoint.every_steps=5")
+STEPS = 8
+LONG = (f"stage.steps={STEPS}", "deepspeed.zero_stage=3", "checkpoint.every_steps=3")
 PYTHON = [sys.executable, "-m"]
 DEEPSPEED = [str(ranks.BIN / "deepspeed"), "--num_gpus", "2", "--no_local_rank", "--module"]
 
@@ -101,9 +101,9 @@ class TestOneModelWhateverTheRanks:
 
     def test_deepspeed_launcher(self, toy_corpus: ToyCorpus, one_process: Path, tmp_path: Path) -> None:
         run_dir = tmp_path / "run"
-        short = ("stage.steps=12", "deepspeed.zero_stage=3", "stage.activation_checkpointing=full")
+        short = ("stage.steps=3", "deepspeed.zero_stage=3", "stage.activation_checkpointing=full")
         ranks.run(toy_corpus.command(DEEPSPEED, STAGE, run_dir, *short), timeout_s=240)
-        assert losses(run_dir) == pytest.approx(losses(one_process), rel=1e-5)
+        assert losses(run_dir) == pytest.approx(losses(one_process)[:3], rel=1e-5)
 
     def test_diff_finds_nothing_but_what_was_changed(self, one_process: Path, two_processes: Path) -> None:
         assert compare_runs(one_process, one_process).same
@@ -159,7 +159,7 @@ class TestOneModelWhateverTheRanks:
 class TestHeldoutLosses:
     """Looking at held-out samples on the way changes nothing."""
 
-    EVALUATED = ("evaluation.every_steps=5", "evaluation.max_samples=7", "logging.every_steps=2")
+    EVALUATED = ("evaluation.every_steps=3", "evaluation.max_samples=7", "logging.every_steps=2")
 
     def test_two_ranks_train_alike_and_say_it_once(
         self, toy_corpus: ToyCorpus, one_process: Path, two_processes: Path, tmp_path: Path
@@ -174,11 +174,13 @@ class TestHeldoutLosses:
         for two, one in zip(*both, strict=True):
             assert one["step"] == two["step"]
             assert two["loss"] == losses(two_processes)[two["step"] - 1]
-            assert ("heldout_loss" in one) == (one["step"] in (5, 10, STEPS))
+            assert ("heldout_loss" in one) == (one["step"] in (3, 6, STEPS))
             if "heldout_loss" in one:
                 assert set(one["heldout_loss"]) == {"images", "clips", "text"}
                 assert two["heldout_loss"] == pytest.approx(one["heldout_loss"], rel=1e-5)
-        assert output.count("trainable parameters") == output.count("step 12/12") == 1  # other ranks are quiet
+        assert (
+            output.count("trainable parameters") == output.count(f"step {STEPS}/{STEPS}") == 1
+        )  # other ranks are quiet
 
 
 class TestInterruptedEqualsUninterrupted:
@@ -190,7 +192,7 @@ class TestInterruptedEqualsUninterrupted:
         run_dir = tmp_path / "run"
         more = (*LONG, "deepspeed.zero_stage=0", "data.workers=1")
         command = toy_corpus.command(PYTHON, STAGE, run_dir, *more)
-        assert interrupt(command, run_dir, 3, signal.SIGTERM, group=False) == 143
+        assert interrupt(command, run_dir, 2, signal.SIGTERM, group=False) == 143
         done = len(losses(run_dir))
         recipe = toy_corpus.settings(STAGE, run_dir, *more)
         caplog.set_level("INFO")
@@ -208,7 +210,7 @@ class TestInterruptedEqualsUninterrupted:
         """Ctrl-C reaches the launcher and the ranks, and the launcher hands it on: the ranks get it twice."""
         run_dir, copy = tmp_path / "run", tmp_path / "copy"
         command = toy_corpus.command([*ranks.torchrun(2), "-m"], STAGE, run_dir, *LONG)
-        interrupt(command, run_dir, 3, signal.SIGINT, group=True)
+        interrupt(command, run_dir, 2, signal.SIGINT, group=True)
         done = len(losses(run_dir))
         assert [path.name for path in (run_dir / runs.CHECKPOINTS).iterdir() if path.name == f"step-{done}"]
         shutil.copytree(run_dir, copy)
@@ -252,7 +254,7 @@ class TestInterruptedEqualsUninterrupted:
         assert differing(weights(run_dir), weights(one_process)) == []
 
     def test_newest_checkpoints_are_kept(self, one_process: Path) -> None:
-        assert sorted(path.name for path in (one_process / runs.CHECKPOINTS).iterdir()) == ["step-10", f"step-{STEPS}"]
+        assert sorted(path.name for path in (one_process / runs.CHECKPOINTS).iterdir()) == ["step-6", f"step-{STEPS}"]
 
 
 def _forget_the_end(run_dir: Path) -> None:
@@ -267,7 +269,7 @@ class TestCommandsAboutAverages:
     @pytest.fixture
     def pairs(self, two_processes: Path, tmp_path: Path) -> list[list[str]]:
         """The two newest checkpoints; and the models that they stand for as exports."""
-        sharded = [str(two_processes / runs.CHECKPOINTS / f"step-{step}") for step in (10, STEPS)]
+        sharded = [str(two_processes / runs.CHECKPOINTS / f"step-{step}") for step in (6, STEPS)]
         assert len(list(Path(sharded[0]).glob("rank-*.safetensors"))) == 2
         first = MergeSettings(sharded, str(tmp_path / "first"), method=MergeMethod.weighted, weights=[1.0, 0.0])
         return [sharded, [str(merge(first, progress=False)), str(two_processes)]]
@@ -296,7 +298,7 @@ class TestCommandsAboutAverages:
             )
             for n, models in enumerate(pairs)
         )
-        assert sharded["models"] == ["two/step-10", f"two/step-{STEPS}"]
+        assert sharded["models"] == ["two/step-6", f"two/step-{STEPS}"]
         assert sharded["modules"] == exported["modules"]
         assert sharded["modules"]["all"]["distance"][0][1] > 0
 
@@ -316,7 +318,7 @@ class TestCommandsAboutAverages:
     def test_one_that_is_damaged(self, asked: DataSettings, two_processes: Path, tmp_path: Path) -> None:
         run_dir = tmp_path / "run"
         shutil.copytree(two_processes, run_dir)
-        models = [run_dir / runs.CHECKPOINTS / f"step-{step}" for step in (10, STEPS)]
+        models = [run_dir / runs.CHECKPOINTS / f"step-{step}" for step in (6, STEPS)]
         shard = models[1] / "rank-00001.safetensors"
         content = bytearray(shard.read_bytes())
         content[-1] ^= 1
