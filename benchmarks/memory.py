@@ -32,8 +32,8 @@ from keye_train.model.packed import PackedInputs, VisionInputs
 from keye_train.settings import TrainSettings
 from keye_train.training import build, distributed
 from keye_train.training.engine import Engine
+from keye_train.training.learner import weighted_sum
 from keye_train.training.optimizer import parameter_groups
-from keye_train.training.trainer import weighted_sum
 
 MODEL = [
     "data=keye_example",

@@ -36,9 +36,9 @@ from keye_train.training import distributed
 from keye_train.training.build import freeze
 from keye_train.training.distributed import World
 from keye_train.training.engine import Engine
+from keye_train.training.learner import weighted_sum
 from keye_train.training.objectives import LanguageObjective
 from keye_train.training.optimizer import build_optimizer, parameter_groups
-from keye_train.training.trainer import weighted_sum
 
 WARM_UP_STEPS = 3
 PEAK_SIZE = {"cuda": 8192, "cpu": 1024}  # of the square matrices whose product is the peak

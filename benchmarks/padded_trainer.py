@@ -42,9 +42,9 @@ from keye_train.training import distributed
 from keye_train.training.build import freeze
 from keye_train.training.distributed import World
 from keye_train.training.engine import Engine
+from keye_train.training.learner import weighted_sum
 from keye_train.training.objectives import LanguageObjective
 from keye_train.training.optimizer import parameter_groups
-from keye_train.training.trainer import weighted_sum
 
 SAMPLES_A_STEP = 32
 BATCH_SIZES = (32, 8, 1)  # all at once; the Trainer's default; no padding at all

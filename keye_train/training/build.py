@@ -1,4 +1,5 @@
-"""From settings to what the trainer runs: model with its first weights, frozen parts, objective."""
+"""From settings to what the trainer runs: plan of the data, encoder of samples, model with its first weights,
+frozen parts, objective."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 
 from keye_train import runs
+from keye_train.data.cost import training_cost
 from keye_train.data.index import tokenizer_fingerprint
+from keye_train.data.plan import Plan
 from keye_train.model import (
     KeyeForConditionalGeneration,
     compile_layers,
@@ -19,6 +22,7 @@ from keye_train.model import (
     module_parameters,
 )
 from keye_train.model.dual_encoder import DualEncoder
+from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.model.start import initial_dual_encoder, initial_model
 from keye_train.settings import ActivationCheckpointing, Objective, SettingsError, StageSettings, TrainSettings
 from keye_train.training.objectives import ContrastiveObjective, LanguageObjective, TrainingObjective
@@ -41,6 +45,25 @@ SILENT_FIELDS = {
     "image_token_id": "model.special_tokens.image_pad",
     "video_token_id": "model.special_tokens.video_pad",
 }
+
+
+def build_plan(settings: TrainSettings, world_size: int) -> Plan:
+    """The plan of the data of a run.
+
+    Raises:
+        SettingsError: so many ranks cannot share its global batches.
+        ValueError: data do not fit the recipe.
+    """
+    settings.gradient_accumulation(world_size)  # refuses a world size that does not divide the global batch
+    plan = Plan.from_settings(settings, training_cost(settings))
+    plan.check_world_size(world_size)
+    return plan
+
+
+def build_encoder(settings: TrainSettings) -> SampleEncoder:
+    """What makes tensors of the samples of a run."""
+    data = settings.data
+    return SampleEncoder.from_settings(settings.model, data.resolution, data.video_backend, data.scaled_jpeg)
 
 
 def build_objective(settings: TrainSettings) -> TrainingObjective:

@@ -21,12 +21,13 @@ from keye_train import compose, runs
 from keye_train.data.collate import LoadedPack
 from keye_train.data.loader import Loader
 from keye_train.data.plan import PlanState
+from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.settings import Objective, ReplaySettings, SettingsError, TrainSettings
-from keye_train.training import checkpoint, distributed
+from keye_train.training import build, checkpoint, distributed
 from keye_train.training.guards import NonFiniteError, StopRequest
+from keye_train.training.learner import Learner
 from keye_train.training.recorder import read_flight
 from keye_train.training.spikes import RollBack, Spike, SpikeError, left_out_reasons, read_spikes
-from keye_train.training.trainer import Start, Trainer
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,12 @@ def replay(settings: ReplaySettings) -> Replayed:
     found = checkpoint.newest_whole_until(run_dir, latest)
     if recipe.stage.objective == Objective.contrastive:
         _require_one_rank(run_dir, range(found.state.step + 1 if found is not None else 1, step + 1))
-    trainer = Trainer(recipe, world, StopRequest(), Start(found))
+    plan, encoder = build.build_plan(recipe, world.size), build.build_encoder(recipe)
+    learner = Learner(recipe, world, plan, build.build_objective(recipe), StopRequest(), found)
     try:
-        row, samples = _train_until(trainer, step, left_out_reasons(spikes))
+        row, samples = _train_until(learner, encoder, step, left_out_reasons(spikes))
     finally:
-        trainer.engine.close()
+        learner.engine.close()
     recorded, was_recorded = _recorded(run_dir, step)
     replayed = Replayed(
         run=str(run_dir),
@@ -164,34 +166,36 @@ def _history(run_dir: Path, step: int) -> tuple[list[Spike], int]:
     return before, min([step - 1, *(min(spike.left_out) for spike in rest)])
 
 
-def _train_until(trainer: Trainer, step: int, leave_out: dict[int, str]) -> tuple[dict[str, Any], list[SampleLoss]]:
+def _train_until(
+    learner: Learner, encoder: SampleEncoder, step: int, leave_out: dict[int, str]
+) -> tuple[dict[str, Any], list[SampleLoss]]:
     """Train up to the step; its row and the losses of its samples."""
-    position = PlanState.from_json(trainer.state.data)
+    position = PlanState.from_json(learner.state.data)
     losses: list[tuple[LoadedPack, Tensor]] = []
-    with Loader(trainer.plan, trainer.processor, 0, 1, trainer.settings, position, leave_out) as loader:
+    with Loader(learner.plan, encoder, 0, 1, learner.settings, position, leave_out) as loader:
         for data in loader:
             if data.passed_over:
-                trainer.advance(data)
+                learner.advance(data)
                 continue
             last = data.step + 1 == step
             if last:
-                trainer.on_losses = lambda pack, found: losses.append((pack, found.detach().float().cpu()))
-            counts = trainer.count(data)
+                learner.on_losses = lambda pack, found: losses.append((pack, found.detach().float().cpu()))
+            counts = learner.count(data)
             try:
-                trainer.step(data, counts)
+                learner.step(data, counts)
             except (RollBack, SpikeError, NonFiniteError):  # what the run did about the step
                 if not last:
                     raise
             if last:
-                return trainer.metrics.losses(counts), _by_sample(trainer, losses)
-            trainer.advance(data)
-    raise SettingsError(f"step={step} was not reached: the data of {trainer.run_dir} end before it")
+                return learner.metrics.losses(counts), _by_sample(learner, losses)
+            learner.advance(data)
+    raise SettingsError(f"step={step} was not reached: the data of {learner.settings.run_dir} end before it")
 
 
-def _by_sample(trainer: Trainer, losses: list[tuple[LoadedPack, Tensor]]) -> list[SampleLoss]:
+def _by_sample(learner: Learner, losses: list[tuple[LoadedPack, Tensor]]) -> list[SampleLoss]:
     found = []
     for pack, of_items in losses:
-        members = trainer.objective.item_samples(pack.inputs)  # type: ignore[arg-type]
+        members = learner.objective.item_samples(pack.inputs)  # type: ignore[arg-type]
         values: dict[int, list[float]] = defaultdict(list)
         for member, loss in zip(members.tolist(), of_items.tolist(), strict=True):
             values[member].append(loss)

@@ -63,12 +63,12 @@ def faulty(fault: str) -> type[trainer.Trainer]:
         def __init__(self, settings: TrainSettings, world: World, stop_request: StopRequest) -> None:
             super().__init__(settings, world, stop_request)
             if fault == "nan":
-                next(iter(self.engine.trainable.values())).register_hook(self._poison)
+                next(iter(self.learner.engine.trainable.values())).register_hook(self._poison)
             else:
-                self.objective.register_forward_hook(self._raise_loss)
+                self.learner.objective.register_forward_hook(self._raise_loss)
 
         def _strikes(self) -> bool:
-            return self.world.rank == 1 and self.state.step == FAULT_STEP - 1
+            return self.world.rank == 1 and self.learner.state.step == FAULT_STEP - 1
 
         def _poison(self, gradient: Tensor) -> Tensor:
             return gradient * float("nan") if self._strikes() else gradient

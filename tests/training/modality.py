@@ -203,9 +203,9 @@ def main(out: Path, part: str) -> None:
     from keye_train.training import distributed
     from keye_train.training.build import freeze
     from keye_train.training.engine import Engine
+    from keye_train.training.learner import weighted_sum
     from keye_train.training.objectives import ContrastiveObjective, LanguageObjective
     from keye_train.training.optimizer import parameter_groups
-    from keye_train.training.trainer import weighted_sum
 
     world = distributed.start(timeout_minutes=1)
     for case in CASES:

@@ -25,7 +25,7 @@ from keye_train.data.loader import StepData
 from keye_train.merging import MergeError, merge
 from keye_train.merging.verify import verify
 from keye_train.settings import MergeMethod, MergeSettings, SettingsError
-from keye_train.training import distributed, trainer
+from keye_train.training import distributed, learner, trainer
 from keye_train.training.checkpoint import TrainState
 from keye_train.training.counting import Counts
 from keye_train.training.occupancy import LOCK, RunLock
@@ -261,13 +261,13 @@ def test_rows_that_a_full_disk_does_not_take_wait_and_the_checkpoint_with_them(
 ) -> None:
     """Metrics, ledger, account of the steps and flight recorder cannot be written in steps 3 to 5."""
     run_dir = tmp_path / "run"
-    real_open, real_step, real_save = Path.open, trainer.Trainer.step, trainer.Saver.save
+    real_open, real_step, real_save = Path.open, learner.Learner.step, trainer.Saver.save
     seen: dict[int, list[str]] = {}
 
     def opened(self: Path, mode: str = "r", buffering: int = -1, **more: str) -> IO:
         return Device(self, mode) if buffering == 0 else real_open(self, mode, buffering, **more)
 
-    def step(self: trainer.Trainer, data: StepData, counts: Counts) -> tuple:
+    def step(self: learner.Learner, data: StepData, counts: Counts) -> tuple:
         Device.full = 2 <= data.step <= 4
         Device.left = int(data.step == 2)
         return real_step(self, data, counts)
@@ -280,7 +280,7 @@ def test_rows_that_a_full_disk_does_not_take_wait_and_the_checkpoint_with_them(
             assert self.figures.stall_s >= self.figures.write_s > 0
 
     monkeypatch.setattr(Path, "open", opened)
-    monkeypatch.setattr(trainer.Trainer, "step", step)
+    monkeypatch.setattr(learner.Learner, "step", step)
     monkeypatch.setattr(trainer.Saver, "save", save)
     assert train(toy_corpus.settings(STAGE, run_dir, *SHORT, "checkpoint.background=false")) == 0
     assert seen == {2: ["step-2"], 4: ["step-2"], 6: ["step-6"], 8: ["step-8"]}

@@ -10,7 +10,7 @@ import torch
 from keye_train.sample import SampleRef
 from keye_train.settings import NonFiniteSettings
 from keye_train.training.guards import NonFiniteError, NonFiniteGuard, StopRequest, exit_code
-from keye_train.training.trainer import seed_step, weighted_sum
+from keye_train.training.learner import seed_step, weighted_sum
 
 REFS = [SampleRef("images", "a.tar", "000001")]
 

@@ -16,7 +16,7 @@ from keye_train.data.audit import audit_run
 from keye_train.data.plan import AT_THE_END
 from keye_train.data.reader import walk_shard
 from keye_train.settings import SettingsError
-from keye_train.training import trainer
+from keye_train.training import learner, trainer
 from keye_train.training.trainer import train
 
 STAGE = "2_multitask"
@@ -38,15 +38,15 @@ def resumed(toy_corpus: ToyCorpus, tmp_path_factory: pytest.TempPathFactory) -> 
     """Twelve steps with samples made to fit; a crash after step 8 forgets those behind the checkpoint of step 5."""
     run_dir = tmp_path_factory.mktemp("ledger") / "run"
     settings = toy_corpus.settings(STAGE, run_dir, "stage.steps=12", "checkpoint.every_steps=5", *FITTING)
-    real = trainer.Trainer.step
+    real = learner.Learner.step
 
-    def crash(self: trainer.Trainer, data, counts):
+    def crash(self: learner.Learner, data, counts):
         if data.step == 8:
             raise RuntimeError("the machine goes down")
         return real(self, data, counts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Trainer, "step", crash)
+        patch.setattr(learner.Learner, "step", crash)
         with pytest.raises(RuntimeError, match="goes down"):
             train(settings)
     assert audit_run(run_dir).steps == 8

@@ -20,9 +20,10 @@ from keye_train.model.packed import PackedInputs
 from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.settings import Precision, SettingsError, TrainSettings
 from keye_train.training import device, distributed
+from keye_train.training.learner import weighted_sum
 from keye_train.training.meter import LossMeter
 from keye_train.training.tasks import MAX_TASKS, OTHER, TaskNames
-from keye_train.training.trainer import train, weighted_sum
+from keye_train.training.trainer import train
 
 STAGE = "2_multitask"
 

@@ -11,8 +11,8 @@ from corpus import ToyCorpus
 from keye_train.data.collate import collate_pairs, collate_samples
 from keye_train.settings import LossWeighting, Precision
 from keye_train.training.build import build_objective
+from keye_train.training.learner import weighted_sum
 from keye_train.training.objectives import WEIGHT_UNITS, item_weights, total_weight
-from keye_train.training.trainer import weighted_sum
 
 CAPTIONS = ("stage.caption_weight=2", "stage.trainable=[vision,text_tower,caption_decoder]")
 

@@ -12,12 +12,13 @@ from corpus import ToyCorpus
 
 from keye_train import runs
 from keye_train.settings import ReplaySettings, SettingsError
-from keye_train.training import trainer
+from keye_train.training import attendants, learner
 from keye_train.training.counting import BatchCounter, Counts
+from keye_train.training.learner import step_seed
 from keye_train.training.recorder import FlightRecorder, read_flight
 from keye_train.training.replay import describe, replay
 from keye_train.training.timing import PHASES, describe_straggler, slowest_ranks
-from keye_train.training.trainer import step_seed, train
+from keye_train.training.trainer import train
 from keye_train.training.watchdog import COUNT, DATA, KEYS, STEP, Watchdog
 
 STEPS = 6
@@ -43,8 +44,8 @@ def run_dir(toy_corpus: ToyCorpus, tmp_path_factory: pytest.TempPathFactory) -> 
             return counts
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "Watchdog", Noting)
-        patch.setattr(trainer, "BatchCounter", Counting)
+        patch.setattr(attendants, "Watchdog", Noting)
+        patch.setattr(learner, "BatchCounter", Counting)
         assert train(toy_corpus.settings("2_multitask", folder, *more)) == 0
     (folder / "order").write_text(" ".join(order))
     return folder

@@ -35,11 +35,11 @@ class Spiking(trainer.Trainer):
 
     def __init__(self, settings: TrainSettings, world: World, stop_request: StopRequest) -> None:
         super().__init__(settings, world, stop_request)
-        self.objective.register_forward_hook(self._raise_loss)
+        self.learner.objective.register_forward_hook(self._raise_loss)
 
     def _raise_loss(self, *call: Any) -> Any:
         losses, figures = call[-1]
-        return (50 * losses, figures) if self.state.step == SPIKE - 1 else (losses, figures)
+        return (50 * losses, figures) if self.learner.state.step == SPIKE - 1 else (losses, figures)
 
 
 class Slow(Saver):
