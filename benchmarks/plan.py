@@ -12,7 +12,10 @@ model, everything trained. Samples longer than a pack are left out ("too long").
   come in random order (quadratic means over batches); the source for which this is worst.
 - fill of the token budget, and of the one that is scarcer over all packs: where patches run out first ("video, few
   patches" has 3 a token of the budget instead of 4), packs cannot be full of tokens.
-- time: processor time of planning, divided by the samples planned. Memory: peak of the process above its resting one.
+- time: what every rank spends to know its part of the plan, divided by all samples planned, not by its own: drawing,
+  looking up sizes, packing, cost, balance, global batches, ``assign`` to the ranks, and the samples of rank 0 as named
+  tuples. Processor time; "wall" is by the clock, longer where the machine does other things. Sizes are in memory:
+  reading indexes is not in it (see ``index``). Memory: peak of the process above its resting one.
 
 A window is 65,536 samples, or as many as eight global batches take.
 """
@@ -32,7 +35,7 @@ from keye_train.data.corpus import Corpus, Sizes, Source
 from keye_train.data.cost import language_cost
 from keye_train.data.index import ShardHeader
 from keye_train.data.packing import Budget
-from keye_train.data.plan import GlobalBatch, Plan, assign
+from keye_train.data.plan import Pack, Plan, assign
 from keye_train.model.configuration import KeyeConfig
 from keye_train.model.flops import FlopCoefficients
 from keye_train.settings import ResolutionSettings
@@ -44,7 +47,8 @@ MIXES = {
 TEXT_LOG_MEAN = {"caption": 4.5, "ocr": 5.5, "vqa": 5.0, "text": 6.3, "video": 5.0}
 VISION_LOG = {"caption": (6.43, 0.7), "ocr": (7.13, 0.7), "vqa": (6.53, 0.7), "video": (8.8, 0.5)}  # mean, spread
 MOST_VISION = {"caption": 6_000, "ocr": 6_000, "vqa": 6_000, "video": 16_000}
-SAMPLES, WINDOW, LEAST_BATCHES, MEASURED = 1_000_000, 65_536, 8, 40
+SAMPLES, WINDOW, LEAST_BATCHES = 1_000_000, 65_536, 8
+MEASURED, MEASURED_SAMPLES = 40, 180_000  # global batches and samples at least: several windows
 RANKS, MICRO_BATCHES, TOKENS = (64, 1024), (4, 1), (8_192, 32_768)
 
 
@@ -79,15 +83,19 @@ def measure(mix: str, ranks: int, micro_batches: int, tokens: int, patches_a_tok
     resting = _resident_mb("VmRSS")
     like = ranks if micro_batches == 1 else None
     plan = Plan(data, shares, budget, packs, window, 0, cost, balance_packs=like)
-    seconds, planned, figures = 0.0, 0, _Figures(len(shares), ranks, budget)
+    seconds, planned, figures = np.zeros(2), 0, _Figures(len(shares), budget)
     batches = plan.batches()
     while True:
-        began = time.process_time()
+        began = time.process_time(), time.perf_counter()
         batch, after = next(batches)
-        seconds += time.process_time() - began
-        planned += sum(len(pack.samples) for pack in batch.packs)
-        figures.add(batch)
-        if after.batch == 0 and batch.step + 1 >= min(MEASURED, 2 * LEAST_BATCHES if ranks > 64 else MEASURED):
+        micro_steps = assign(batch, ranks)
+        for packs_of_ranks in micro_steps:
+            _ = packs_of_ranks[0].samples
+        seconds += time.process_time() - began[0], time.perf_counter() - began[1]
+        planned += sum(len(pack) for pack in batch.packs)
+        figures.add(micro_steps)
+        least = 2 * LEAST_BATCHES if ranks > 64 else MEASURED
+        if after.batch == 0 and batch.step + 1 >= least and planned >= MEASURED_SAMPLES:
             break
     return {
         "mix": mix if patches_a_token == 4 else f"{mix}, few patches",
@@ -96,34 +104,37 @@ def measure(mix: str, ranks: int, micro_batches: int, tokens: int, patches_a_tok
         "pack tokens": tokens,
         "batches": batch.step + 1,
         "too long, %": round(100 * (1 - len(fit) / len(lengths)), 1),
-        **figures.summary(),
-        "planning, us a sample": round(seconds / planned * 1e6, 1),
+        **figures.summary(ranks),
+        "planning, us a sample": round(float(seconds[0]) / planned * 1e6, 2),
+        "wall, us a sample": round(float(seconds[1]) / planned * 1e6, 2),
         "memory, MB": round(_resident_mb("VmHWM") - resting),
     }
 
 
 class _Figures:
-    def __init__(self, sources: int, ranks: int, budget: Budget) -> None:
-        self._sources, self._ranks, self._budget = sources, ranks, budget
+    def __init__(self, sources: int, budget: Budget) -> None:
+        self._sources, self._budget = sources, budget
         self._balance: list[float] = []
-        self._fill: list[tuple[float, float]] = []  # of each pack: tokens, patches
+        self._fill: list[np.ndarray] = []  # of each batch: mean over its packs of tokens, patches
         self._costs: list[list[float]] = []
         self._counts: list[np.ndarray] = []  # of each batch: [packs, sources] samples
 
-    def add(self, batch: GlobalBatch) -> None:
-        for micro_step in assign(batch, self._ranks):
-            costs = [pack.cost for pack in micro_step]
-            self._balance.append(float(np.mean(costs) / max(costs)))
-        T, P = self._budget.max_tokens, self._budget.max_patches
-        self._fill += [(pack.tokens / T, pack.patches / P) for pack in batch.packs]
-        self._costs.append([pack.cost for pack in batch.packs])
-        of_pack = [np.bincount([one.source for one in pack.samples], minlength=self._sources) for pack in batch.packs]
-        self._counts.append(np.stack(of_pack))
+    def add(self, micro_steps: list[list[Pack]]) -> None:
+        packs = [pack for micro_step in micro_steps for pack in micro_step]
+        costs = np.array([pack.cost for pack in packs]).reshape(len(micro_steps), -1)
+        self._balance += (costs.mean(axis=1) / costs.max(axis=1)).tolist()
+        self._costs.append(costs.ravel().tolist())
+        of_pack = np.repeat(np.arange(len(packs)), [len(pack) for pack in packs])
+        sources, _, tokens, patches = np.array([one for pack in packs for one in pack.samples]).T
+        self._fill.append(np.array([tokens.sum() / self._budget.max_tokens, patches.sum() / self._budget.max_patches]))
+        self._fill[-1] /= len(packs)
+        counts = np.bincount(of_pack * self._sources + sources, minlength=len(packs) * self._sources)
+        self._counts.append(counts.reshape(-1, self._sources))
 
-    def summary(self) -> dict[str, object]:
+    def summary(self, ranks: int) -> dict[str, object]:
         rng = np.random.default_rng(0)
         costs, counts = np.array(self._costs), np.stack(self._counts)
-        plain = rng.permutation(costs.ravel()).reshape(-1, self._ranks)
+        plain = rng.permutation(costs.ravel()).reshape(-1, ranks)
         own, chance = _strays(counts.sum(axis=1)), []
         for _ in range(20):
             order = rng.permutation(counts.shape[0] * counts.shape[1])

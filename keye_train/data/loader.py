@@ -59,13 +59,13 @@ class ReadTask:
 
 def read_tasks(plan: Plan, pack: Pack) -> tuple[ReadTask, ...]:
     """What a reader is asked for a pack."""
-    fits = {}
-    for number in {sample.source for sample in pack.samples}:
+    fits, samples = {}, pack.samples
+    for number in {sample.source for sample in samples}:
         if plan.source(number).fitting is not None:
-            rows = [sample.row for sample in pack.samples if sample.source == number]
+            rows = [sample.row for sample in samples if sample.source == number]
             fits[number] = dict(zip(rows, plan.source(number).fits(np.array(rows)), strict=True))
     tasks = []
-    for sample in pack.samples:
+    for sample in samples:
         source = plan.source(sample.source)
         place = source.locate(sample.row)
         fit = fits[sample.source][sample.row] if sample.source in fits else WHOLE

@@ -10,6 +10,8 @@ import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
+from math import gcd
+from operator import add
 
 import numpy as np
 
@@ -86,9 +88,9 @@ class Mixture:
             if not curves:
                 break
             if amounts is None and _in_step(curves, scale, number):
-                drawn = _draw_in_step(curves, scale, margin, spent, origin + sum(spent), number)
-                spent = [had + drawn.count(source) for source, had in enumerate(spent)]
-                break
+                found = _draw_in_step(curves, scale, margin, spent, origin + sum(spent), number)
+                own = np.bincount(found, minlength=len(spent)).tolist()
+                return found, MixtureState(tuple(map(add, spent, own)), origin)
             queue = _Queue(curves, scale, margin, early=not self.sized)
             for source in present:
                 queue.add(source, spent[source], nexts[source] or 0)
@@ -128,8 +130,26 @@ def _in_step(curves: Mapping[int, ShareCurve], scale: int, number: int) -> bool:
 
 def _draw_in_step(
     curves: Mapping[int, ShareCurve], scale: int, margin: int, spent: Sequence[int], total: int, number: int
+) -> np.ndarray:
+    """The next draws of samples that count 1, from shares that stay: as ``_Queue`` does, many samples at once: int64.
+
+    Shares of 0.45 and the like have a period of 100 draws, in which each source has exactly its share. What comes next
+    depends on nothing but how far the sources are off their shares, so it repeats from there.
+    """
+    period = scale // gcd(scale, *(curve.rate for curve in curves.values()))
+    drawn = np.array(_draw_one_by_one(curves, scale, margin, spent, total, min(number, period)), dtype=np.int64)
+    if number <= period:
+        return drawn
+    counts = np.bincount(drawn, minlength=len(spent)).tolist()
+    if any(counts[source] * scale != period * curve.rate for source, curve in curves.items()):
+        return np.array(_draw_one_by_one(curves, scale, margin, spent, total, number), dtype=np.int64)
+    return np.resize(drawn, number)
+
+
+def _draw_one_by_one(
+    curves: Mapping[int, ShareCurve], scale: int, margin: int, spent: Sequence[int], total: int, number: int
 ) -> list[int]:
-    """The next draws of samples that count 1, from shares that stay: as ``_Queue`` does, many samples at once."""
+    """``_draw_in_step`` without a look at the period."""
     released, due = [], []
     for source, curve in curves.items():
         ahead = number * curve.rate // scale + 4  # no source is a whole sample off its share
@@ -206,6 +226,8 @@ class Shuffle:
             [N] int64.
         """
         epoch, place = np.divmod(positions.astype(np.uint64), np.uint64(self.size))
+        if len(epoch) and epoch.min() == epoch.max():
+            epoch = epoch[:1]  # as a rule; saves half of the work
         return self.permute(place, mixed(self._key + epoch), np.full(len(place), self.size, dtype=np.uint64))
 
     def permute(self, places: np.ndarray, keys: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -213,7 +235,7 @@ class Shuffle:
 
         Args:
             places: [N] uint64, each below its size.
-            keys: [N] uint64.
+            keys: [N] uint64, or [1]: the same for all.
             sizes: [N] uint64, at most ``self.size``; best not far below.
 
         Returns:
@@ -222,7 +244,7 @@ class Shuffle:
         rows = self._permute(places, keys)
         outside = np.flatnonzero(rows >= sizes)
         while len(outside):
-            rows[outside] = self._permute(rows[outside], keys[outside])
+            rows[outside] = self._permute(rows[outside], keys if len(keys) == 1 else keys[outside])
             outside = outside[rows[outside] >= sizes[outside]]
         return rows.astype(np.int64)
 
@@ -246,7 +268,10 @@ def shuffled(count: int, seed: int) -> np.ndarray:
 
 def mixed(values: np.ndarray | np.uint64) -> np.ndarray:
     """Numbers made to look random: finalizer of splitmix64 (Steele, Lea and Flood, 2014), modulo 2^64."""
-    x = np.atleast_1d(values) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = np.atleast_1d(values) + np.uint64(0x9E3779B97F4A7C15)  # an array of our own: changed in place below
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x

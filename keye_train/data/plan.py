@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 AT_THE_END = "the data ended before a global batch was full"
 """Reason of the samples that are left when every source has had its last epoch."""
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 """Goes up whenever the same recipe and data give other global batches: no run goes on across it. A test keeps a digest
 of toy plans. The constants of the planner need no new version: the fingerprint has them, see ``_constants``."""
 

@@ -22,22 +22,49 @@ class PlannedSample(NamedTuple):
     patches: int
 
 
-@dataclass(frozen=True)
 class Pack:
-    """What one rank reads in one micro-step."""
+    """What one rank reads in one micro-step.
 
-    samples: tuple[PlannedSample, ...]
-    cost: float
+    The plan of all ranks stays in columns, and a rank makes objects of the samples that it reads: those of thousands of
+    other ranks would take longer than to plan them.
+    """
+
+    __slots__ = ("_columns", "_start", "_stop", "cost")
+
+    def __init__(self, columns: np.ndarray, start: int, stop: int, cost: float) -> None:
+        """Args:
+        columns: [N, 4] int64: of the samples of a whole window, what ``PlannedSample`` has.
+        start, stop: rows of this pack.
+        cost: see ``data.cost``.
+        """
+        self._columns, self._start, self._stop, self.cost = columns, start, stop, cost
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pack) and (self.samples, self.cost) == (other.samples, other.cost)
+
+    def __hash__(self) -> int:
+        return hash((self.samples, self.cost))
+
+    def __repr__(self) -> str:
+        return f"Pack(samples={self.samples!r}, cost={self.cost!r})"
+
+    @property
+    def samples(self) -> tuple[PlannedSample, ...]:
+        """Made anew each time that they are asked for."""
+        return tuple(map(PlannedSample._make, self._columns[self._start : self._stop].tolist()))
 
     @property
     def tokens(self) -> int:
         """Language tokens."""
-        return sum(sample.tokens for sample in self.samples)
+        return int(self._columns[self._start : self._stop, 2].sum())
 
     @property
     def patches(self) -> int:
         """Vision patches."""
-        return sum(sample.patches for sample in self.samples)
+        return int(self._columns[self._start : self._stop, 3].sum())
 
 
 @dataclass(frozen=True)

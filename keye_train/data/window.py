@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
+from itertools import repeat
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from keye_train.data.corpus import Looked, Sizes, Source
 from keye_train.data.cost import PackCost
 from keye_train.data.draw import FLOPS_PER_UNIT, Draw, DrawState
 from keye_train.data.packing import Budget, Packing, pack_samples
-from keye_train.data.planned import Dropped, Pack, PlannedSample
+from keye_train.data.planned import Dropped, Pack
 from keye_train.settings import MixtureUnit
 
 OVER_BUDGET = "over budget: "
@@ -129,14 +130,16 @@ class Window:
 
     def packs(self, batch: int) -> tuple[Pack, ...]:
         """The packs of one of its batches, with their samples."""
-        packs = self.batches[batch]
-        members = [self.packing.members(pack) for pack in packs.tolist()]
-        chosen = np.concatenate(members)
+        packs, starts = self.batches[batch], self.packing.starts
+        bounds = starts[packs].tolist(), starts[packs + 1].tolist()
+        return tuple(map(Pack, repeat(self._columns), *bounds, self.costs[packs].tolist()))
+
+    @cached_property
+    def _columns(self) -> np.ndarray:
+        """[placed, 4] int64, what ``PlannedSample`` has, in the order of the packing."""
         own = self.samples
         columns = (own.sources, own.rows, own.sizes.tokens, own.sizes.patches)
-        samples = map(PlannedSample._make, zip(*(column[chosen].tolist() for column in columns), strict=True))
-        counts, costs = map(len, members), self.costs[packs].tolist()
-        return tuple(Pack(tuple(islice(samples, count)), cost) for count, cost in zip(counts, costs, strict=True))
+        return np.stack(columns, axis=1)[self.packing.order]
 
 
 @dataclass(frozen=True)
@@ -324,8 +327,9 @@ class WindowPlanner:
         looked = self._look(sources, rows)
         fit = self._rules.budget.fits(looked.sizes.tokens, looked.sizes.patches)
         reasons: dict[int, str] = {}
-        for place in np.flatnonzero(~fit).tolist():
-            tokens, patches = int(looked.sizes.tokens[place]), int(looked.sizes.patches[place])
+        over = np.flatnonzero(~fit)
+        numbers = (over, looked.sizes.tokens[over], looked.sizes.patches[over])
+        for place, tokens, patches in zip(*(one.tolist() for one in numbers), strict=True):
             reasons[place] = _over_budget(tokens, patches, self._rules.budget)
         reasons |= looked.errors
         fit[list(reasons)] = False

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keye_train.data.exchange import close_gaps
+from keye_train.data.filling import Filling
 from keye_train.data.packing import Budget, pack_samples
 
 SAMPLES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 300)), max_size=200)
@@ -52,7 +53,7 @@ def test_closing_gaps_keeps_budgets_and_loses_nothing(
     def closed() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rooms = budgets[0] - taken(need, before), budgets[1] - taken(other, before)
         pack_of = before.copy()
-        close_gaps(need, other, *rooms, pack_of)
+        close_gaps(Filling(need, other, *rooms, pack_of))
         return (pack_of, *rooms)
 
     pack_of, need_room, other_room = closed()
@@ -70,7 +71,7 @@ def test_closing_gaps_places_more() -> None:
     placed = np.random.default_rng(0).integers(10, 40, 64 * 6)
     need, pack_of = np.append(placed, np.full(20, 8)), np.append(np.repeat(np.arange(64), 6), np.full(20, -1))
     rooms = np.full(64, 2), np.zeros(64, dtype=np.int64)
-    close_gaps(need, np.zeros_like(need), *rooms, pack_of)
+    close_gaps(Filling(need, np.zeros_like(need), *rooms, pack_of))
     assert (pack_of >= 0).sum() >= len(placed) + 0.75 * 2 * 64 // 8  # of 16 for which all gaps together have room
     assert (rooms[0] > 0).sum() <= 64 // 8
 

@@ -228,7 +228,7 @@ def test_a_state_of_another_plan_is_refused() -> None:
         assert setting in str(refused.value)
 
 
-PLANNED = 3, "db176ef6375214e9"
+PLANNED = 4, "3f213f37c9befe75"
 """``PLAN_VERSION``, and what toy plans give by it."""
 
 
@@ -263,6 +263,7 @@ def test_other_batches_are_another_version() -> None:
         (balance, "TOLERANCE", 0.08),
         (balance, "FILLERS", Fraction(2, 64)),
         (exchange, "COLLECTORS", (2, 4)),
+        (exchange, "ROUNDS", 3),
         (packing, "TIGHT_SHARE", 0.3),
         (window, "RESERVE", 0.01),
         (window, "REST", 64),
