@@ -76,6 +76,18 @@ def test_closing_gaps_places_more() -> None:
     assert (rooms[0] > 0).sum() <= 64 // 8
 
 
+def test_packs_take_the_largest_samples_that_fit() -> None:
+    need, other = np.array([50, 40, 40, 30, 7, 7, 1]), np.array([0, 0, 9, 0, 0, 0, 0])
+    filling = Filling(need, other, np.array([45, 40, 60, 7]), np.full(4, 5), np.full(7, -1))
+    filling.fit_largest(np.arange(7), np.array([0, 1, 2]))
+    # Packs 2, 0 and 1, from the most room to the least, take samples 0, 1 and 2; the last has too much of the other
+    # budget, so pack 1 takes no more. Then packs 2 and 0 with rooms of 10 and 5 take 4 and 6. Pack 3 is not asked.
+    assert filling.pack_of.tolist() == [2, 0, -1, -1, 2, -1, 0]
+    assert filling.need_room.tolist() == [4, 40, 3, 7]
+    assert filling.other_room.tolist() == [5, 5, 5, 5]
+    assert filling.waiting.tolist() == [2, 3, 5]
+
+
 def web_like_window(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and patches of captions, OCR, VQA, texts and videos; a mean of about 1,400 tokens, a long tail."""
     rng = np.random.default_rng(seed)
