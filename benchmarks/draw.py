@@ -5,7 +5,9 @@
 The index is real in its format and simulated in its size: five sources, whose shards are links to one index of 50,000
 rows each, a billion rows in all, opened and read by the code that a run uses. "Position" is how many samples have been
 drawn; behind the first window, it goes on as from a checkpoint in the middle of a run, where the main part of the
-window before is planned once more. Memory is what the process has more than after its imports: resident, at its peak.
+window before is planned once more. At 1,000,000,000 every source begins another epoch: no block of the window before is
+of use to the next one, the worst case. The next window is planned and given out in the same process, which has the
+blocks of the one before. Memory is what the process has more than after its imports: resident, at its peak.
 Shards of a source are links to one, which the system holds in memory: with as many files as shards, the disk's part
 comes on top. Processor time tells more than seconds do where other programs run.
 
@@ -56,7 +58,7 @@ from keye_train.settings import MixtureUnit, ResolutionSettings, SourceSettings
 SHARES = {"caption": 0.45, "ocr": 0.2, "vqa": 0.15, "text": 0.12, "video": 0.08}
 SHARDS, SHARD_ROWS = 20_000, 50_000
 WINDOW, TOKENS, PACKS = 65_536, 16_384, 256
-POSITIONS = (0, 10**9)
+POSITIONS = (0, 5 * 10**8, 10**9)
 GROUPS = ((1024, 256), (1024, 1024), (256, 4096), (128, 8192))  # rows of a block, blocks of a group
 MIXED_SHARDS = (500, 9000, 45_000)
 MIXING_WINDOWS = 40
@@ -125,18 +127,22 @@ def measure_start(folder: Path, position: int, unit: MixtureUnit) -> dict[str, o
     window, none = position // WINDOW, (0,) * len(drawn)
     state = PlanState(plan.fingerprint, 0, window, 0, drawn, none, spent, 0, before, before_spent, 0)
     batches = plan.batches(state)
-    next(batches)
+    _, after = next(batches)
     first, processor = time.perf_counter(), time.process_time() - processor
-    window = next(after.window for _, after in batches if after.window)
-    for _, after in batches:  # the whole second window
-        if after.window > window:
-            break
+    while after.batch:  # 0 behind the last batch of a window
+        _, after = next(batches)
+    again, again_processor, samples = time.perf_counter(), time.process_time(), 0
+    while not samples or after.batch:
+        batch, after = next(batches)
+        samples += sum(len(pack.samples) for pack in batch.packs)
+    seconds, busy = time.perf_counter() - again, time.process_time() - again_processor
     return {
         "rows": sum(len(source) for source in corpus.sources.values()),
         "open, s": round(opened - began, 1),
         "first batch, s": round(first - opened, 1),
         "processor time of both, s": round(processor, 1),
-        "next window, us a sample": round((time.perf_counter() - first) / WINDOW * 1e6, 1),
+        "next window, us a sample": round(seconds / samples * 1e6, 1),
+        "its processor time, us a sample": round(busy / samples * 1e6, 1),
         "memory, MB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - resting),
     }
 

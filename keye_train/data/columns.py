@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import groupby, pairwise
@@ -27,7 +25,7 @@ from keye_train.data.kept import ROW, read_kept, write_kept
 from keye_train.data.measure import Sizes, measure
 from keye_train.data.overlong import Fitting, fit_sample
 from keye_train.data.paths import index_file
-from keye_train.data.storage import is_url
+from keye_train.data.storage import Storage, is_url
 from keye_train.settings import ResolutionSettings, StorageSettings
 
 BLOCK_ROWS = 128
@@ -38,12 +36,6 @@ KEPT_ROWS = 1_500_000
 
 PART_ROWS = 131_072
 """Rows that are read and measured together."""
-
-READERS = 8
-"""Indexes read at the same time."""
-
-TOGETHER = 64
-"""Shards that one thread reads in one go."""
 
 MOST_ANSWERS = 2**16 - 1
 """Answers of a conversation behind which it can be cut."""
@@ -90,60 +82,89 @@ class BlockStore:
 
     def __init__(self, shards: Sequence[str], first_rows: np.ndarray, measuring: Measuring) -> None:
         self._shards, self._first_rows, self._measuring = tuple(shards), first_rows, measuring
-        self._blocks: OrderedDict[int, Block] = OrderedDict()
+        self._files = Storage(measuring.storage)
+        self._part_blocks = max(PART_ROWS // BLOCK_ROWS, 1)
+        kept = max(KEPT_ROWS // BLOCK_ROWS, 3 * measuring.group_blocks // 2, self._part_blocks)
+        places = min(kept, -(-int(first_rows[-1]) // BLOCK_ROWS))
+        self._rows = np.empty((places, BLOCK_ROWS), dtype=ROW)  # takes memory where it has been written to
+        self._numbers = np.zeros(places, dtype=np.int64)  # of the block in each place
+        self._looked = np.zeros(places, dtype=np.int64)  # turn in which it was last looked at
+        self._turn = 0
+        self._places: dict[int, int] = {}  # number of a block -> place
+        self._errors: dict[int, dict[int, str]] = {}  # the same -> row of it -> why the sample cannot be trained on
+
+    def __len__(self) -> int:
+        """Blocks in memory."""
+        return len(self._places)
 
     def look(self, rows: np.ndarray) -> tuple[Sizes, np.ndarray, dict[int, str], np.ndarray | None]:
         """What is known of some rows: the fields of ``corpus.Looked``."""
         order = np.argsort(rows, kind="stable")
         numbers, starts = np.unique(rows[order] // BLOCK_ROWS, return_index=True)
-        bounds = [*starts.tolist(), len(rows)]
-        found = np.empty(len(rows), dtype=ROW)
+        bounds = np.append(starts, len(rows))
+        found, held = np.empty(len(rows), dtype=ROW), _whole(self._rows)
         errors: dict[int, str] = {}
         # In parts, so that looking at a whole corpus holds no more than looking at a window.
-        step = max(PART_ROWS // BLOCK_ROWS, 1)
-        for part in range(0, len(numbers), step):
-            own = numbers[part : part + step].tolist()
-            blocks = self._load(own)
-            first, behind = bounds[part], bounds[part + len(own)]
-            places = order[first:behind]
-            held = stacked([blocks[number].rows for number in own])
-            offsets = np.cumsum([0] + [len(blocks[number].rows) for number in own])
-            which = np.searchsorted(numbers[part : part + len(own)], rows[places] // BLOCK_ROWS)
-            found[places] = held[offsets[which] + rows[places] % BLOCK_ROWS]
-            for place, number in enumerate(own):
-                if blocks[number].errors:
-                    mine = order[bounds[part + place] : bounds[part + place + 1]].tolist()
+        for part in range(0, len(numbers), self._part_blocks):
+            own = numbers[part : part + self._part_blocks]
+            edges = bounds[part : part + len(own) + 1]
+            of_rows = np.repeat(self._load(own), np.diff(edges))
+            mine = order[edges[0] : edges[-1]]
+            _whole(found)[mine] = held[of_rows, rows[mine] % BLOCK_ROWS]
+            for place, number in enumerate(own.tolist()) if self._errors else ():
+                if reasons := self._errors.get(number):
+                    mine = order[edges[place] : edges[place + 1]].tolist()
                     inside = (rows[mine] % BLOCK_ROWS).tolist()
-                    reasons = blocks[number].errors
                     errors |= {i: reasons[row] for i, row in zip(mine, inside, strict=True) if row in reasons}
         tokens, patches = found["tokens"].astype(np.int64), found["patches"].astype(np.int64)
         sizes = Sizes(tokens, tokens**2, patches, found["patches_squared"].astype(np.int64))
         fits = None if self._measuring.fitting is None else np.stack([found["answers"], found["media_tokens"]], axis=1)
         return sizes, found["keep"], errors, fits
 
-    def _load(self, numbers: list[int]) -> dict[int, Block]:
-        """Blocks by number; the ones that are not at hand are read, each shard of theirs once."""
-        missing = [number for number in numbers if number not in self._blocks]
-        if missing:
-            total = int(self._first_rows[-1])
-            lengths = [min(BLOCK_ROWS, total - number * BLOCK_ROWS) for number in missing]
-            self._blocks.update(zip(missing, _split(self._read(missing), lengths), strict=True))
-        wanted = {}
-        for number in numbers:
-            self._blocks.move_to_end(number)
-            wanted[number] = self._blocks[number]
-        while len(self._blocks) > max(KEPT_ROWS // BLOCK_ROWS, 3 * self._measuring.group_blocks // 2, 1):
-            self._blocks.popitem(last=False)
-        return wanted
+    def _load(self, numbers: np.ndarray) -> np.ndarray:
+        """Places of some blocks, ascending; those that are not at hand are read, each shard of theirs once."""
+        self._turn += 1
+        places = np.fromiter((self._places.get(number, -1) for number in numbers.tolist()), np.int64, len(numbers))
+        self._looked[places[places >= 0]] = self._turn
+        if len(missing := np.flatnonzero(places < 0)):
+            fresh = numbers[missing]
+            measured = self._read(fresh)
+            places[missing] = own = self._room(len(missing))
+            whole = len(measured.rows) // BLOCK_ROWS  # all but the last block of the source
+            as_blocks = self._rows.view(np.uint8).reshape(len(self._rows), BLOCK_ROWS * ROW.itemsize)
+            as_blocks[own[:whole]] = (
+                measured.rows[: whole * BLOCK_ROWS].view(np.uint8).reshape(whole, as_blocks.shape[1])
+            )
+            rest = measured.rows[whole * BLOCK_ROWS :]
+            self._rows[own[-1], : len(rest)] = rest
+            self._numbers[own], self._looked[own] = fresh, self._turn
+            self._places.update(zip(fresh.tolist(), own.tolist(), strict=True))
+            for row, reason in measured.errors.items():
+                self._errors.setdefault(int(fresh[row // BLOCK_ROWS]), {})[row % BLOCK_ROWS] = reason
+        return places
 
-    def _read(self, numbers: list[int]) -> Block:
+    def _room(self, count: int) -> np.ndarray:
+        """Free places; where there are too few, blocks that have not been looked at for longest are forgotten."""
+        held = len(self._places)
+        if held + count <= len(self._rows):
+            return np.arange(held, held + count)
+        oldest = np.argpartition(self._looked, count - 1)[:count]
+        for number in self._numbers[oldest[oldest < held]].tolist():
+            del self._places[number]
+            self._errors.pop(number, None)
+        return oldest
+
+    def _read(self, numbers: np.ndarray) -> Block:
         """Read blocks, ascending, and measure them together: one behind the other."""
-        total = int(self._first_rows[-1])
-        spans = [span for number in numbers for span in self._spans(number, total)]
-        by_shard = [(shard, [span[1:] for span in own]) for shard, own in groupby(spans, key=lambda span: span[0])]
-        with ThreadPoolExecutor(READERS) as pool:
-            batches = [by_shard[first : first + TOGETHER] for first in range(0, len(by_shard), TOGETHER)]
-            read = [part for parts in pool.map(self._read_shards, batches) for part in parts]
+        shards, spans = self._spans(numbers)
+        edges = [*np.flatnonzero(np.diff(shards, prepend=-1)).tolist(), len(shards)]
+        wanted = [(int(shards[start]), spans[start:stop].tolist()) for start, stop in pairwise(edges)]
+        read: list[Block | Facts] = []
+        for one_by_one, own in groupby(wanted, key=lambda item: self._one_by_one(self._shards[item[0]])):
+            if one_by_one:
+                read += self._read_shards(list(own))
+            else:
+                read.append(read_sizes([(self._shards[shard], of_shard) for shard, of_shard in own], self._files))
         found = [part for part in read if isinstance(part, Facts)]
         if found:
             measured = self._measure(Facts.joined(found))
@@ -153,28 +174,28 @@ class BlockStore:
             read = [next(parts) if isinstance(part, Facts) else part for part in read]
         return _joined([part for part in read if isinstance(part, Block)])
 
-    def _spans(self, number: int, total: int) -> list[tuple[int, int, int]]:
-        """Shards of a block, each with its rows there: (shard, start, stop)."""
-        start, stop = number * BLOCK_ROWS, min((number + 1) * BLOCK_ROWS, total)
-        shard = int(np.searchsorted(self._first_rows, start, side="right")) - 1
-        spans = []
-        while start < stop:
-            first, behind = int(self._first_rows[shard]), int(self._first_rows[shard + 1])
-            end = min(stop, behind)
-            if end > start:
-                spans.append((shard, start - first, end - first))
-            start, shard = end, shard + 1
-        return spans
+    def _spans(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where blocks stand: shards [S] int64, and the rows [start, stop) of them, [S, 2] int64, as long as can be."""
+        starts = numbers * BLOCK_ROWS
+        stops = np.minimum(starts + BLOCK_ROWS, self._first_rows[-1])
+        first = np.searchsorted(self._first_rows, starts, side="right") - 1
+        last = np.searchsorted(self._first_rows, stops - 1, side="right") - 1
+        counts = last - first + 1  # of shards that a block runs through
+        shards = np.repeat(first, counts) + np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        starts = np.maximum(np.repeat(starts, counts), self._first_rows[shards])
+        stops = np.minimum(np.repeat(stops, counts), self._first_rows[shards + 1])
+        starts, stops, shards = (values[stops > starts] for values in (starts, stops, shards))  # some shards are empty
+        begins = np.append(True, (shards[1:] != shards[:-1]) | (starts[1:] != stops[:-1]))  # a span, not amid one
+        ends = np.append(begins[1:], True)
+        bounds = np.stack([starts[begins], stops[ends]], axis=1)
+        return shards[begins], bounds - self._first_rows[shards[begins], None]
 
-    def _read_shards(self, wanted: list[tuple[int, list[tuple[int, int]]]]) -> list[Block | Facts]:
-        """Stretches of rows of several shards, as ``_read_shard`` gives them; those with files of sizes in one."""
-        read: list[Block | Facts] = []
-        for one_by_one, own in groupby(wanted, key=lambda item: self._one_by_one(self._shards[item[0]])):
-            if one_by_one:
-                read += [self._read_shard(*item) for item in own]
-            else:
-                read.append(read_sizes([(self._shards[shard], spans) for shard, spans in own], self._measuring.storage))
-        return read
+    def _read_shards(self, wanted: Sequence[tuple[int, list[tuple[int, int]]]]) -> list[Block | Facts]:
+        """``_read_shard`` of several."""
+        try:
+            return self._files.map(lambda item: self._read_shard(*item), wanted)
+        finally:
+            self._files.close()
 
     def _one_by_one(self, shard: str) -> bool:
         """Whether a shard is read by itself: its sizes are kept, or have to come from the parquet file."""
@@ -204,7 +225,7 @@ class BlockStore:
 
     def _facts(self, shard: str, spans: list[tuple[int, int]]) -> Facts:
         if shard not in self._measuring.without_sizes:
-            return read_sizes([(shard, spans)], self._measuring.storage)
+            return read_sizes([(shard, spans)], Storage(self._measuring.storage))
         columns = ["text_tokens", "media", "error"]
         columns += ["size", "task"] if self._measuring.filter else []
         columns += ["cuts"] if self._measuring.fitting else []
@@ -259,6 +280,11 @@ def _parquet_facts(
         table = read_rows(shard, columns, first, behind, storage)
         return Facts.of(pa.concat_tables([table.slice(start - first, stop - start) for start, stop in spans]))
     return Facts.of(pa.concat_tables([read_rows(shard, columns, start, stop, storage) for start, stop in spans]))
+
+
+def _whole(rows: np.ndarray) -> np.ndarray:
+    """Rows of ROW, to be copied in one piece: numpy's own way copies field by field, ten times slower."""
+    return rows.view(f"V{ROW.itemsize}")
 
 
 def _joined(blocks: Sequence[Block]) -> Block:

@@ -77,9 +77,9 @@ class Facts:
             return self
         places = np.cumsum(keep) - 1
         return Facts(
-            self.rows[keep],
-            self.media[np.repeat(keep, self.rows["media"])],
-            self.cuts[np.repeat(keep, self.rows["cuts"])],
+            _chosen(self.rows, keep),
+            _chosen(self.media, np.repeat(keep, self.rows["media"])),
+            _chosen(self.cuts, np.repeat(keep, self.rows["cuts"])),
             self.tasks,
             {int(places[row]): reason for row, reason in self.errors.items() if keep[row]},
         )
@@ -99,6 +99,11 @@ class Facts:
 def stacked(parts: Sequence[np.ndarray]) -> np.ndarray:
     """Records of one type, one array behind the other: numpy's own way compares the names of all fields each time."""
     return np.concatenate([part.view(np.uint8) for part in parts]).view(parts[0].dtype)
+
+
+def _chosen(records: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """The records of a mask, each copied in one piece: numpy's own way copies field by field, ten times slower."""
+    return records.view(f"V{records.dtype.itemsize}")[keep].view(records.dtype)
 
 
 def _flat(table: pa.Table, name: str, kind: np.dtype, rows: np.ndarray) -> np.ndarray:

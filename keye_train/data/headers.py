@@ -70,7 +70,7 @@ def _path(shards: Sequence[str], fingerprint: str, storage: StorageSettings | No
             return own
 
     try:
-        states = files.map(state, shards)
+        states = files.map_quick(state, shards)
     except FileNotFoundError:
         return None
     finally:

@@ -26,7 +26,7 @@ from keye_train.data.facts import Facts
 from keye_train.data.formats import parse_with_turns
 from keye_train.data.limits import Watch, unwatched
 from keye_train.data.paths import OFFSET_BYTES, find_shards, index_file, index_path, offsets_file, sizes_file
-from keye_train.data.sizes_file import DamagedError, SizesFile, sizes_bytes
+from keye_train.data.sizes_file import DamagedError, Packed, SizesFile, sizes_bytes, unpacked, within
 from keye_train.data.storage import Storage, StorageError, is_url
 from keye_train.data.tar import RawSample, walk_shard
 from keye_train.model.chat import MediaSlot, TextSize, Turn, slots_of, text_sizes
@@ -321,23 +321,45 @@ def open_headers(
     fingerprint: str | None = None,
     storage: StorageSettings | None = None,
 ) -> list[ShardHeader]:
-    """``open_header`` of many shards; remote ones several at a time."""
+    """``open_header`` of many shards, several at a time where the storage has to be waited for."""
     fingerprint = fingerprint or tokenizer_fingerprint(tokenizer_folder)
     files = Storage(storage)
     layouts = LayoutFinder(files)
     try:
-        return files.map(lambda shard: _open_header(shard, tokenizer_folder, fingerprint, files, layouts), shards)
+        return files.map_quick(lambda shard: _open_header(shard, tokenizer_folder, fingerprint, files, layouts), shards)
     finally:
         files.close()
+
+
+class _UnfitError(ValueError):
+    """What is wrong with the index of a shard, less the way to mend it."""
 
 
 def _open_header(
     shard: str, tokenizer_folder: str | Path, fingerprint: str, files: Storage, layouts: LayoutFinder
 ) -> ShardHeader:
-    flag = " --allow-network" if is_url(shard) else ""
-    folder = f" --index-dir {shlex.quote(files.settings.index_dir)}" if files.settings.index_dir else ""
-    command = f"keye-data index {shlex.quote(shard)} --tokenizer {shlex.quote(str(tokenizer_folder))}{folder}{flag}"
-    mend = f"run: {command}"
+    """``open_header`` in an open storage: a start does this for every shard."""
+    try:
+        header = _header(shard, files)
+        if header.tokenizer != fingerprint:
+            raise _UnfitError(
+                f"index of the shard {shard} was made with another tokenizer than {tokenizer_folder}, so its token "
+                "counts do not hold"
+            )
+        if header.layout != str(layouts(shard) or ""):
+            raise _UnfitError(
+                f"index of the shard {shard} is stale: .nv-meta/dataset.yaml of its folder was changed since"
+            )
+    except _UnfitError as error:
+        flag = " --allow-network" if is_url(shard) else ""
+        folder = f" --index-dir {shlex.quote(files.settings.index_dir)}" if files.settings.index_dir else ""
+        command = f"keye-data index {shlex.quote(shard)} --tokenizer {shlex.quote(str(tokenizer_folder))}{folder}{flag}"
+        raise ValueError(f"the {error}; run: {command}") from error
+    return header
+
+
+def _header(shard: str, files: Storage) -> ShardHeader:
+    """What the index of a shard says, if it is of the shard as it is now."""
     try:
         shard_bytes = files.size(shard)
     except FileNotFoundError as error:
@@ -356,30 +378,27 @@ def _open_header(
     except StorageError:
         raise
     except FileNotFoundError as error:
-        raise ValueError(f"the shard {shard} has no index; {mend}") from error
+        raise _UnfitError(f"shard {shard} has no index") from error
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"the index of the shard {shard} is damaged ({error}); {mend}") from error
+        raise _UnfitError(f"index of the shard {shard} is damaged ({error})") from error
     if not known:
-        raise ValueError(
-            f"the index of the shard {shard} has format {metadata.get('version')}, this program reads "
-            f"{INDEX_VERSION}; {mend}"
+        raise _UnfitError(
+            f"index of the shard {shard} has format {metadata.get('version')}, this program reads {INDEX_VERSION}"
         )
     if metadata["shard_bytes"] != str(shard_bytes) or offsets_bytes != (rows + 1) * OFFSET_BYTES:
-        raise ValueError(
-            f"the index of the shard {shard} is stale: it was made when the shard had {metadata['shard_bytes']} bytes, "
-            f"now it has {shard_bytes}; {mend}"
+        raise _UnfitError(
+            f"index of the shard {shard} is stale: it was made when the shard had {metadata['shard_bytes']} bytes, "
+            f"now it has {shard_bytes}"
         )
-    if metadata["tokenizer"] != fingerprint:
-        raise ValueError(
-            f"the index of the shard {shard} was made with another tokenizer than {tokenizer_folder}, so its token "
-            f"counts do not hold; {mend}"
-        )
-    if metadata["layout"] != str(layouts(shard) or ""):
-        raise ValueError(
-            f"the index of the shard {shard} is stale: .nv-meta/dataset.yaml of its folder was changed since; {mend}"
-        )
-    has_sizes = account is not None
-    return ShardHeader(shard, rows, shard_bytes, metadata["shard_sha256"], fingerprint, metadata["layout"], has_sizes)
+    return ShardHeader(
+        shard,
+        rows,
+        shard_bytes,
+        metadata["shard_sha256"],
+        metadata["tokenizer"],
+        metadata["layout"],
+        has_sizes=account is not None,
+    )
 
 
 def _account(shard: str, files: Storage) -> dict[str, Any] | None:
@@ -432,35 +451,34 @@ def read_rows(
     return table.slice(start - int(bounds[first]), stop - start)
 
 
-def read_sizes(
-    wanted: Sequence[tuple[str, Sequence[tuple[int, int]]]], storage: StorageSettings | None = None
-) -> Facts:
+def read_sizes(wanted: Sequence[tuple[str, Sequence[tuple[int, int]]]], files: Storage) -> Facts:
     """What plans need of some rows of several shards, one behind the other, from their files of sizes.
 
     Args:
         wanted: shards that have one, see ``ShardHeader``; each with spans of rows [start, stop), ascending.
-        storage: ``data.storage``.
+        files: reaches them, several at a time where they are not at hand.
 
     Raises:
         ValueError: such a file is damaged or gone.
         StorageError: a remote one cannot be read.
     """
-    files = Storage(storage)
-    parts, keep = [], []
+
+    def packed(item: tuple[str, Sequence[tuple[int, int]]]) -> list[Packed]:
+        shard, spans = item
+        path = sizes_file(shard, files.settings)
+        try:
+            with SizesFile(path, files) as sizes:
+                return sizes.packed(spans)
+        except (FileNotFoundError, DamagedError) as error:
+            mend = f"delete {path} and run keye-data index on {shard}, which writes it anew"
+            raise ValueError(f"{error}: {mend}") from error
+
     try:
-        for shard, spans in wanted:
-            path = sizes_file(shard, storage)
-            try:
-                with SizesFile(path, files) as sizes:
-                    blocks, masks = sizes.blocks(spans)
-            except (FileNotFoundError, DamagedError) as error:
-                mend = f"delete {path} and run keye-data index on {shard}, which writes it anew"
-                raise ValueError(f"{error}: {mend}") from error
-            parts += blocks
-            keep += masks
+        blocks = [block for own in files.map_quick(packed, wanted) for block in own]
     finally:
         files.close()
-    return Facts.joined(parts).where(np.concatenate(keep))
+    facts, counts = unpacked(blocks)
+    return facts.where(within(np.array([span for _, own in wanted for span in own]), counts))
 
 
 def read_metadata(shard: str, storage: StorageSettings | None = None) -> dict[str, str]:

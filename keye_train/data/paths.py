@@ -68,7 +68,7 @@ def find_shards(patterns: Iterable[str], storage: StorageSettings | None = None)
             for plain in braceexpand(pattern, escape=False):
                 for match in _expand(plain, files):
                     found[match] = None
-        for shard, there in zip(found, files.map(files.exists, list(found)), strict=True):
+        for shard, there in zip(found, files.map_quick(files.exists, list(found)), strict=True):
             if not there:
                 raise ValueError(f"the shard {shard} does not exist; check the path in data.sources")
     finally:

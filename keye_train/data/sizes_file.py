@@ -17,7 +17,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -77,6 +77,13 @@ def _frame(facts: Facts) -> bytes:
 # ------------------------------------------------------------------------------------------------------ reading
 
 
+class Packed(NamedTuple):
+    """A block as it is in its file."""
+
+    data: bytes
+    bytes: int  # when unpacked
+
+
 class SizesFile:
     """Such a file, open."""
 
@@ -123,8 +130,8 @@ class SizesFile:
             start += self._read([(len(start), self._first)])[0]
         self._account = start[HEAD.size : HEAD.size + account_bytes]
         self._blocks = np.frombuffer(start, dtype=BLOCK, count=blocks, offset=HEAD.size + account_bytes)
-        if self._end(blocks) != size:
-            raise DamagedError(f"{self._path} has {size} bytes instead of {self._end(blocks)}")
+        if (end := self._end(blocks)) != size:
+            raise DamagedError(f"{self._path} has {size} bytes instead of {end}")
 
     @property
     def account(self) -> dict[str, Any]:
@@ -138,8 +145,8 @@ class SizesFile:
         except (ValueError, TypeError) as error:
             raise DamagedError(f"{self._path} has a damaged head") from error
 
-    def blocks(self, spans: Sequence[tuple[int, int]]) -> tuple[list[Facts], list[np.ndarray]]:
-        """Whole blocks with the rows [start, stop) of some spans, one read a span, and masks of these rows.
+    def packed(self, spans: Sequence[tuple[int, int]]) -> list[Packed]:
+        """The blocks with the rows [start, stop) of some spans as they are in the file; one read a span.
 
         Raises:
             DamagedError: a block is not what was written.
@@ -147,36 +154,16 @@ class SizesFile:
         """
         bounds = [(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)) for start, stop in spans]
         read = self._read([(self._end(first), self._end(behind)) for first, behind in bounds])
-        parts, keep = [], []
-        for (start, stop), (first, behind), data in zip(spans, bounds, read, strict=True):
-            base = self._end(first)
-            own = [
-                self._block(block, data[self._end(block) - base : self._end(block + 1) - base])
-                for block in range(first, behind)
-            ]
-            parts += own
-            mask = np.zeros(sum(map(len, own)), dtype=bool)
-            mask[start - first * BLOCK_ROWS : stop - first * BLOCK_ROWS] = True
-            keep.append(mask)
-        return parts, keep
-
-    def _block(self, number: int, data: bytes) -> Facts:
-        """One block from its bytes."""
-        _, crc, size = self._blocks[number].item()
-        if zlib.crc32(data) != crc or size > MOST_BYTES:
-            raise DamagedError(f"block {number} of {self._path} is damaged")
-        frame = pa.decompress(data, decompressed_size=size, codec=CODEC, asbytes=True)
-        media, cuts, more = FRAME.unpack_from(frame)
-        behind = size - more
-        first_cut = behind - cuts * CUT.itemsize
-        first_medium = first_cut - media * MEDIUM.itemsize
-        rows = (first_medium - FRAME.size) // ROW.itemsize
-        return Facts(
-            np.frombuffer(frame, ROW, rows, FRAME.size),
-            np.frombuffer(frame, MEDIUM, media, first_medium),
-            np.frombuffer(frame, CUT, cuts, first_cut),
-            *_more(frame[behind:]),
-        )
+        found = []
+        for (first, behind), data in zip(bounds, read, strict=True):
+            base = start = self._end(first)
+            for number, (end, crc, size) in enumerate(self._blocks[first:behind].tolist(), first):
+                own = data[start - base : end - base]
+                if zlib.crc32(own) != crc or size > MOST_BYTES:
+                    raise DamagedError(f"block {number} of {self._path} is damaged")
+                found.append(Packed(own, size))
+                start = end
+        return found
 
     def _end(self, blocks: int) -> int:
         """Byte behind the first so many blocks."""
@@ -186,6 +173,59 @@ class SizesFile:
         if self._descriptor is None:
             return self._files.read_ranges(self._path, ranges)
         return [os.pread(self._descriptor, stop - start, start) for start, stop in ranges]
+
+
+def unpacked(blocks: Sequence[Packed]) -> tuple[Facts, np.ndarray]:
+    """Some blocks, one behind the other, and how many rows each has, [blocks] int64; at least one block."""
+    codec = pa.Codec(CODEC)
+    rows, media, cuts, more = [], [], [], []
+    for data, size in blocks:
+        frame = memoryview(codec.decompress(data, decompressed_size=size))  # as bytes, it would take twice as long
+        own_media, own_cuts, own_more = FRAME.unpack_from(frame)
+        behind = size - own_more
+        first_cut = behind - own_cuts * CUT.itemsize
+        first_medium = first_cut - own_media * MEDIUM.itemsize
+        rows.append(frame[FRAME.size : first_medium])
+        media.append(frame[first_medium:first_cut])
+        cuts.append(frame[first_cut:behind])
+        more.append(bytes(frame[behind:]))
+    counts = np.array([part.nbytes for part in rows]) // ROW.itemsize
+    facts = Facts(*(np.frombuffer(b"".join(own), kind) for own, kind in ((rows, ROW), (media, MEDIUM), (cuts, CUT))))
+    return _described(facts, counts, more), counts
+
+
+def within(spans: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Which rows of the blocks that hold some spans are theirs, [rows of the blocks] bool.
+
+    Args:
+        spans: [spans, 2] int64, rows [start, stop) of their shards, start < stop.
+        counts: rows of the blocks, see ``unpacked``.
+    """
+    first, behind = spans[:, 0] // BLOCK_ROWS, -(-spans[:, 1] // BLOCK_ROWS)
+    starts = np.cumsum([0, *counts])
+    begins = starts[np.cumsum(behind - first) - (behind - first)] + spans[:, 0] % BLOCK_ROWS
+    steps = np.zeros(starts[-1] + 1, dtype=np.int8)
+    steps[begins] += 1
+    steps[begins + spans[:, 1] - spans[:, 0]] -= 1
+    return np.cumsum(steps[:-1], dtype=np.int8).astype(bool)
+
+
+def _described(facts: Facts, counts: np.ndarray, more: Sequence[bytes]) -> Facts:
+    """With the tasks and errors of blocks of so many rows, from the JSON of each."""
+    distinct = list(dict.fromkeys(more))  # one, or a few, for most shards
+    tasks: dict[str, int] = {}
+    codes = [np.array([tasks.setdefault(task, len(tasks)) for task in _more(own)[0]], int) for own in distinct]
+    rows = facts.rows
+    if len(distinct) > 1:
+        firsts = dict(zip(distinct, np.cumsum([0] + [len(own) for own in codes]).tolist(), strict=False))
+        rows = rows.copy()
+        rows["task"] = np.concatenate(codes)[np.repeat([firsts[own] for own in more], counts) + rows["task"]]
+    wrong = {own for own in distinct if _more(own)[1]}
+    errors: dict[int, str] = {}
+    for own, behind, count in zip(more, np.cumsum(counts).tolist(), counts.tolist(), strict=True):
+        if own in wrong:
+            errors |= {behind - count + row: reason for row, reason in _more(own)[1].items()}
+    return Facts(rows, facts.media, facts.cuts, tuple(tasks), errors)
 
 
 @lru_cache(4096)  # the same for most blocks of a source

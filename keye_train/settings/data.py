@@ -68,7 +68,7 @@ class StorageSettings:
     merge_gap_bytes: int = 65_536
     """Samples of a pack that lie at most this far apart in a shard are fetched with one read."""
     connections: int = 8
-    """Reads of remote shards that one reader process has under way at once."""
+    """Reads of remote shards, and of indexes that are not at hand, that one process has under way at once."""
     attempts: int = 6
     """How often a read is tried before a fault of the storage stops the run."""
     backoff_s: float = 0.5

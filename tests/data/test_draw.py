@@ -288,7 +288,7 @@ def test_sizes_do_not_depend_on_how_they_are_read(
         looked = source.look(rows)
         for name in ("tokens", "tokens_squared", "patches", "patches_squared"):
             np.testing.assert_array_equal(getattr(looked.sizes, name), getattr(whole.sizes, name)[rows])
-        assert len(source._store._blocks) <= 3
+        assert len(source._store) <= 3
         for file in tmp_path.glob("*/*.sizes"):
             file.write_bytes(file.read_bytes()[:50])
         source = opened(cache)

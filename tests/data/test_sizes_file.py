@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from test_commands import keye_data
 from toy_shards import mixed_samples
 
+from keye_train.data import columns
+from keye_train.data.columns import BlockStore, Measuring
 from keye_train.data.corpus import Corpus
 from keye_train.data.facts import FACT_COLUMNS, KINDS, MEDIUM, Facts
 from keye_train.data.grids import media_sizes
 from keye_train.data.index import SCHEMA, index_path, open_header, read_columns, read_sizes
+from keye_train.data.measure import measure
 from keye_train.data.paths import sizes_file
 from keye_train.data.sizes_file import BLOCK_ROWS, DamagedError, SizesFile, sizes_bytes
 from keye_train.data.storage import Storage
@@ -97,11 +100,38 @@ def test_any_rows_are_those_of_the_index(tmp_path: Path, remote: bool) -> None:
     shard = f"{tmp_path}/a.tar"
     Path(sizes_file(shard)).write_bytes(sizes_bytes(table, {"rows": len(table)}))
     spans = [(0, 1), (100, 130), (2 * BLOCK_ROWS, 3 * BLOCK_ROWS), (len(table) - 1, len(table))]
-    read = read_sizes([(f"file://{shard}" if remote else shard, spans)] * 2)
+    read = read_sizes([(f"file://{shard}" if remote else shard, spans)] * 2, Storage())
     rows = [row for start, stop in spans for row in range(start, stop)] * 2
     same(read, Facts.of(table.take(rows)))
     assert read.media_of(31) == Facts.of(table.slice(rows[31], 1)).media_of(0)
     assert Path(sizes_file(shard)).stat().st_size < 40 * len(table)
+
+
+@pytest.mark.parametrize(("block", "kept", "part"), [(7, 70, 21), (50, 300, 100), (128, 10**6, 10**6)])
+def test_looks_in_any_order_find_what_is_measured_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, kept: int, part: int
+) -> None:
+    """Shards without rows, blocks over several shards, blocks that were forgotten, looks at nothing."""
+    for name, value in (("BLOCK_ROWS", block), ("KEPT_ROWS", kept), ("PART_ROWS", part)):
+        monkeypatch.setattr(columns, name, value)
+    counts = [0, 3, 150, BLOCK_ROWS, 0, 1, 2, 300, 0]
+    shards = [f"{tmp_path}/{number}.tar" for number in range(len(counts))]
+    table, first_rows = table_of(sum(counts)), np.cumsum([0, *counts])
+    for shard, start, count in zip(shards, first_rows.tolist(), counts, strict=False):
+        Path(sizes_file(shard)).write_bytes(sizes_bytes(table.slice(start, count), {}))
+    expected, reasons = measure(Facts.of(table), ResolutionSettings())
+    assert reasons
+    store = BlockStore(shards, first_rows, Measuring(ResolutionSettings()))
+    rng = np.random.default_rng(0)
+    for count in (0, 1, 3, 40, len(table), 3 * len(table)):
+        rows = rng.integers(0, len(table), count)
+        sizes, keep, errors, fits = store.look(rows)
+        for name in ("tokens", "tokens_squared", "patches", "patches_squared"):
+            np.testing.assert_array_equal(getattr(sizes, name), getattr(expected, name)[rows])
+        assert errors == {place: reasons[row] for place, row in enumerate(rows.tolist()) if row in reasons}
+        assert keep.all()
+        assert fits is None
+        assert len(store) <= max(kept, part) // block
 
 
 def test_every_damage_is_noticed(tmp_path: Path) -> None:
@@ -113,9 +143,9 @@ def test_every_damage_is_noticed(tmp_path: Path) -> None:
         with pytest.raises(DamagedError, match=r"a\.tar\.sizes"):
             SizesFile(str(path), Storage())
     path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
-    assert len(read_sizes([(shard, [(0, BLOCK_ROWS)])])) == BLOCK_ROWS  # another block
+    assert len(read_sizes([(shard, [(0, BLOCK_ROWS)])], Storage())) == BLOCK_ROWS  # another block
     with pytest.raises(ValueError, match=r"block 2 of .*a\.tar\.sizes is damaged: delete .* keye-data index"):
-        read_sizes([(shard, [(290, 300)])])
+        read_sizes([(shard, [(290, 300)])], Storage())
 
 
 def test_an_index_without_it_is_read_slowly_and_gets_it(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import select
 import subprocess
 import sys
 import tarfile
@@ -41,6 +42,25 @@ from keye_train.settings import SettingsError, SourceSettings, StorageSettings
 MakeShard = Callable[..., Path]
 NETWORK = StorageSettings(allow_network=True, backoff_s=0.0, attempts=3)
 NEEDED = "pip install 'keye_train[s3,test]'"
+
+
+# ------------------------------------------------------------------------------------------------- many small looks
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.0005])
+def test_threads_are_taken_only_where_there_is_something_to_wait_for(wait_s: float) -> None:
+    threads = set()
+
+    def look(item: int) -> int:
+        threads.add(threading.get_ident())
+        if wait_s:
+            select.select([], [], [], wait_s)  # a disk or a network that answers later
+        return item * item
+
+    files = Storage(StorageSettings(connections=4))
+    assert files.map_quick(look, range(200)) == [item * item for item in range(200)]
+    assert (threads == {threading.get_ident()}) == (wait_s == 0)
+    files.close()
 
 
 # --------------------------------------------------------------------------------------------------- byte ranges
