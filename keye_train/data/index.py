@@ -414,7 +414,7 @@ def _account(shard: str, files: Storage) -> dict[str, Any] | None:
             account = sizes.account
     except (FileNotFoundError, DamagedError):
         return None
-    texts = all(isinstance(account.get(name), str) for name in ACCOUNT)
+    texts = {type(account.get(name)) for name in ACCOUNT} == {str}
     fits = account.get("version") == INDEX_VERSION and account.get("index_bytes") == index_bytes
     return account if texts and fits and isinstance(account.get("rows"), int) else None
 

@@ -17,6 +17,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ BLOCK_ROWS = 128
 MAGIC = b"keyesz01"
 HEAD = struct.Struct("<8sII")  # magic, bytes of the account, blocks
 FRAME = struct.Struct("<III")  # media, cuts, bytes of JSON
-BLOCK = np.dtype([("end", "<u8"), ("crc", "<u4"), ("bytes", "<u4")])  # byte behind it, crc32, bytes when unpacked
+BLOCK = struct.Struct("<QII")  # byte behind it, crc32, bytes when unpacked
 
 HEAD_BYTES = 8192
 """Read at first: as a rule head, account and directory of a shard of up to 60,000 samples."""
@@ -60,12 +61,11 @@ def sizes_bytes(table: pa.Table, account: Mapping[str, Any]) -> bytes:
     frames = [_frame(Facts.of(table.slice(start, BLOCK_ROWS))) for start in range(0, len(table), BLOCK_ROWS)]
     packed = [pa.compress(frame, codec=CODEC, asbytes=True) for frame in frames]
     about = json.dumps(account).encode()
-    directory = np.zeros(len(frames), dtype=BLOCK)
-    first = HEAD.size + len(about) + directory.nbytes
-    directory["end"] = first + np.cumsum([len(block) for block in packed], dtype=np.uint64)
-    directory["crc"] = [zlib.crc32(block) for block in packed]
-    directory["bytes"] = [len(frame) for frame in frames]
-    return b"".join([HEAD.pack(MAGIC, len(about), len(frames)), about, directory.tobytes(), *packed])
+    first = HEAD.size + len(about) + BLOCK.size * len(frames)
+    ends = accumulate(map(len, packed), initial=first)
+    next(ends)
+    directory = [BLOCK.pack(*own) for own in zip(ends, map(zlib.crc32, packed), map(len, frames), strict=True)]
+    return b"".join([HEAD.pack(MAGIC, len(about), len(frames)), about, *directory, *packed])
 
 
 def _frame(facts: Facts) -> bytes:
@@ -119,17 +119,20 @@ class SizesFile:
 
     def _read_head(self) -> None:
         size = self._files.size(self._path) if self._descriptor is None else os.fstat(self._descriptor).st_size
+        self._size = size
         (start,) = self._read([(0, min(size, HEAD_BYTES))])
         if len(start) < HEAD.size or not start.startswith(MAGIC):
             raise DamagedError(f"{self._path} is not a file of sizes")
         _, account_bytes, blocks = HEAD.unpack_from(start)
-        self._first = HEAD.size + account_bytes + blocks * BLOCK.itemsize
+        self._directory = HEAD.size + account_bytes
+        self._first = self._directory + blocks * BLOCK.size
         if self._first > size:
             raise DamagedError(f"{self._path} ends in its head")
         if len(start) < self._first:
             start += self._read([(len(start), self._first)])[0]
-        self._account = start[HEAD.size : HEAD.size + account_bytes]
-        self._blocks = np.frombuffer(start, dtype=BLOCK, count=blocks, offset=HEAD.size + account_bytes)
+        if len(start) < self._first:
+            raise DamagedError(f"{self._path} ends in its head")
+        self._head = start
         if (end := self._end(blocks)) != size:
             raise DamagedError(f"{self._path} has {size} bytes instead of {end}")
 
@@ -141,7 +144,7 @@ class SizesFile:
             DamagedError: it is no JSON.
         """
         try:
-            return dict(json.loads(self._account))
+            return dict(json.loads(self._head[HEAD.size : self._directory]))
         except (ValueError, TypeError) as error:
             raise DamagedError(f"{self._path} has a damaged head") from error
 
@@ -153,11 +156,15 @@ class SizesFile:
             StorageError: a remote file cannot be read.
         """
         bounds = [(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)) for start, stop in spans]
-        read = self._read([(self._end(first), self._end(behind)) for first, behind in bounds])
+        ranges = [(self._end(first), self._end(behind)) for first, behind in bounds]
+        if not all(start <= stop <= self._size for start, stop in ranges):
+            raise DamagedError(f"{self._path} has a damaged directory")
+        read = self._read(ranges)
         found = []
         for (first, behind), data in zip(bounds, read, strict=True):
             base = start = self._end(first)
-            for number, (end, crc, size) in enumerate(self._blocks[first:behind].tolist(), first):
+            for number in range(first, behind):
+                end, crc, size = self._block(number)
                 own = data[start - base : end - base]
                 if zlib.crc32(own) != crc or size > MOST_BYTES:
                     raise DamagedError(f"block {number} of {self._path} is damaged")
@@ -167,7 +174,12 @@ class SizesFile:
 
     def _end(self, blocks: int) -> int:
         """Byte behind the first so many blocks."""
-        return int(self._blocks["end"][blocks - 1]) if blocks else self._first
+        return self._block(blocks - 1)[0] if blocks else self._first
+
+    def _block(self, number: int) -> tuple[int, int, int]:
+        """Fields of BLOCK."""
+        end, crc, size = BLOCK.unpack_from(self._head, self._directory + number * BLOCK.size)
+        return end, crc, size
 
     def _read(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         if self._descriptor is None:

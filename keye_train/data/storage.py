@@ -155,11 +155,11 @@ class Storage:
         not timed: a thread that waits gives up its processor.
         """
         done: list[T] = []
-        waited = 0
+        waited, given_up = 0, resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
         for item in items:
-            before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
             done.append(function(item))
-            waited += resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw > before
+            before, given_up = given_up, resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+            waited += given_up > before
             if waited > PATIENCE and PATIENCE * waited > len(done):
                 return done + self.map(function, items[len(done) :])
         return done

@@ -146,6 +146,11 @@ def test_every_damage_is_noticed(tmp_path: Path) -> None:
     assert len(read_sizes([(shard, [(0, BLOCK_ROWS)])], Storage())) == BLOCK_ROWS  # another block
     with pytest.raises(ValueError, match=r"block 2 of .*a\.tar\.sizes is damaged: delete .* keye-data index"):
         read_sizes([(shard, [(290, 300)])], Storage())
+    directory = whole.index(b"}") + 1
+    for byte in range(directory, directory + 48):
+        path.write_bytes(whole[:byte] + bytes([whole[byte] ^ 0x81]) + whole[byte + 1 :])
+        with pytest.raises(ValueError, match=r"a\.tar\.sizes"):
+            read_sizes([(shard, [(0, 300)])], Storage())
 
 
 def test_an_index_without_it_is_read_slowly_and_gets_it(
