@@ -26,7 +26,7 @@ from keye_train.data.facts import Facts
 from keye_train.data.formats import parse_with_turns
 from keye_train.data.limits import Watch, unwatched
 from keye_train.data.paths import OFFSET_BYTES, find_shards, index_file, index_path, offsets_file, sizes_file
-from keye_train.data.sizes_file import DamagedError, Packed, SizesFile, sizes_bytes, unpacked, within
+from keye_train.data.sizes_file import Block, DamagedError, SizesFile, joined, sizes_bytes, within
 from keye_train.data.storage import Storage, StorageError, is_url
 from keye_train.data.tar import RawSample, walk_shard
 from keye_train.model.chat import MediaSlot, TextSize, Turn, slots_of, text_sizes
@@ -463,21 +463,21 @@ def read_sizes(wanted: Sequence[tuple[str, Sequence[tuple[int, int]]]], files: S
         StorageError: a remote one cannot be read.
     """
 
-    def packed(item: tuple[str, Sequence[tuple[int, int]]]) -> list[Packed]:
+    def read(item: tuple[str, Sequence[tuple[int, int]]]) -> list[Block]:
         shard, spans = item
         path = sizes_file(shard, files.settings)
         try:
             with SizesFile(path, files) as sizes:
-                return sizes.packed(spans)
+                return sizes.blocks(spans)
         except (FileNotFoundError, DamagedError) as error:
             mend = f"delete {path} and run keye-data index on {shard}, which writes it anew"
             raise ValueError(f"{error}: {mend}") from error
 
     try:
-        blocks = [block for own in files.map_quick(packed, wanted) for block in own]
+        blocks = [block for own in files.map_quick(read, wanted) for block in own]
     finally:
         files.close()
-    facts, counts = unpacked(blocks)
+    facts, counts = joined(blocks)
     return facts.where(within(np.array([span for _, own in wanted for span in own]), counts))
 
 

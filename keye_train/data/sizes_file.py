@@ -77,11 +77,13 @@ def _frame(facts: Facts) -> bytes:
 # ------------------------------------------------------------------------------------------------------ reading
 
 
-class Packed(NamedTuple):
-    """A block as it is in its file."""
+class Block(NamedTuple):
+    """A block, unpacked."""
 
-    data: bytes
-    bytes: int  # when unpacked
+    rows: memoryview  # of ``facts.ROW``
+    media: memoryview  # of ``facts.MEDIUM``
+    cuts: memoryview  # of ``facts.CUT``
+    more: bytes  # JSON
 
 
 class SizesFile:
@@ -148,8 +150,8 @@ class SizesFile:
         except (ValueError, TypeError) as error:
             raise DamagedError(f"{self._path} has a damaged head") from error
 
-    def packed(self, spans: Sequence[tuple[int, int]]) -> list[Packed]:
-        """The blocks with the rows [start, stop) of some spans as they are in the file; one read a span.
+    def blocks(self, spans: Sequence[tuple[int, int]]) -> list[Block]:
+        """The blocks with the rows [start, stop) of some spans; one read a span.
 
         Raises:
             DamagedError: a block is not what was written.
@@ -166,9 +168,9 @@ class SizesFile:
             for number in range(first, behind):
                 end, crc, size = self._block(number)
                 own = data[start - base : end - base]
-                if zlib.crc32(own) != crc or size > MOST_BYTES:
+                if zlib.crc32(own) != crc or (block := _unpacked(own, size)) is None:
                     raise DamagedError(f"block {number} of {self._path} is damaged")
-                found.append(Packed(own, size))
+                found.append(block)
                 start = end
         return found
 
@@ -187,23 +189,35 @@ class SizesFile:
         return [os.pread(self._descriptor, stop - start, start) for start, stop in ranges]
 
 
-def unpacked(blocks: Sequence[Packed]) -> tuple[Facts, np.ndarray]:
-    """Some blocks, one behind the other, and how many rows each has, [blocks] int64; at least one block."""
-    codec = pa.Codec(CODEC)
-    rows, media, cuts, more = [], [], [], []
-    for data, size in blocks:
-        frame = memoryview(codec.decompress(data, decompressed_size=size))  # as bytes, it would take twice as long
-        own_media, own_cuts, own_more = FRAME.unpack_from(frame)
-        behind = size - own_more
-        first_cut = behind - own_cuts * CUT.itemsize
-        first_medium = first_cut - own_media * MEDIUM.itemsize
-        rows.append(frame[FRAME.size : first_medium])
-        media.append(frame[first_medium:first_cut])
-        cuts.append(frame[first_cut:behind])
-        more.append(bytes(frame[behind:]))
-    counts = np.array([part.nbytes for part in rows]) // ROW.itemsize
-    facts = Facts(*(np.frombuffer(b"".join(own), kind) for own, kind in ((rows, ROW), (media, MEDIUM), (cuts, CUT))))
-    return _described(facts, counts, more), counts
+def _unpacked(data: bytes, size: int) -> Block | None:
+    """A block from its bytes and the size that the directory says; None where these do not belong together."""
+    if size > MOST_BYTES:
+        return None
+    try:  # as a buffer, which takes half as long as bytes
+        frame = memoryview(pa.Codec(CODEC).decompress(data, decompressed_size=size))
+        media, cuts, more = FRAME.unpack_from(frame)
+        behind = size - more
+        first_cut = behind - cuts * CUT.itemsize
+        first_medium = first_cut - media * MEDIUM.itemsize
+        block = Block(
+            frame[FRAME.size : first_medium],
+            frame[first_medium:first_cut],
+            frame[first_cut:behind],
+            bytes(frame[behind:]),
+        )
+        _more(block.more)
+    except (OSError, ValueError, TypeError, struct.error):
+        return None
+    fits = sum(len(part) for part in block) + FRAME.size == size and len(block.rows) % ROW.itemsize == 0
+    return block if fits else None
+
+
+def joined(blocks: Sequence[Block]) -> tuple[Facts, np.ndarray]:
+    """What some blocks tell, one behind the other, and how many rows each has, [blocks] int64; at least one block."""
+    parts = [b"".join([block[place] for block in blocks]) for place in range(3)]
+    rows, media, cuts = (np.frombuffer(part, kind) for part, kind in zip(parts, (ROW, MEDIUM, CUT), strict=True))
+    counts = np.array([len(block.rows) for block in blocks]) // ROW.itemsize
+    return _described(Facts(rows, media, cuts), counts, [block.more for block in blocks]), counts
 
 
 def within(spans: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -211,7 +225,7 @@ def within(spans: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
     Args:
         spans: [spans, 2] int64, rows [start, stop) of their shards, start < stop.
-        counts: rows of the blocks, see ``unpacked``.
+        counts: rows of the blocks, see ``joined``.
     """
     first, behind = spans[:, 0] // BLOCK_ROWS, -(-spans[:, 1] // BLOCK_ROWS)
     starts = np.cumsum([0, *counts])
