@@ -165,8 +165,8 @@ def measure_mixing(shards: int, block_rows: int, group_blocks: int) -> dict[str,
         touched.append(len(np.unique(rows // block_rows)))
         together.append((np.diff(rows // block_rows) == 0).mean() * group_blocks)
         strays.append((of_shard[rows // (size // shards)] - of_shard.mean() + _normal(rows + size)).mean())
-    strays = np.array(strays)
-    stray = float(np.sqrt((strays**2).mean()))
+    means = np.array(strays)
+    stray = float(np.sqrt((means**2).mean()))
     return {
         "shards": shards,
         "block, rows": block_rows,
@@ -175,7 +175,7 @@ def measure_mixing(shards: int, block_rows: int, group_blocks: int) -> dict[str,
         "same block as the draw before, x chance": round(float(np.mean(together)), 2),
         "stray of a window's mean, x full shuffle": round(stray / float(np.sqrt(2 / share)), 2),
         "the same, in % of a sample's spread": round(stray / float(np.sqrt(2)) * 100, 2),
-        "correlation with the next window": round(float(np.corrcoef(strays[::2], strays[1::2])[0, 1]), 2),
+        "correlation with the next window": round(float(np.corrcoef(means[::2], means[1::2])[0, 1]), 2),
     }
 
 
