@@ -41,6 +41,7 @@ MOST_BYTES = 2**28
 """A block that would be larger when unpacked is taken as damaged: 2 MB a sample."""
 
 CODEC = "lz4_raw"
+_DECODER = pa.Codec(CODEC)
 
 
 class DamagedError(ValueError):
@@ -194,7 +195,7 @@ def _unpacked(data: bytes, size: int) -> Block | None:
     if size > MOST_BYTES:
         return None
     try:  # as a buffer, which takes half as long as bytes
-        frame = memoryview(pa.Codec(CODEC).decompress(data, decompressed_size=size))
+        frame = memoryview(_DECODER.decompress(data, decompressed_size=size))
         media, cuts, more = FRAME.unpack_from(frame)
         behind = size - more
         first_cut = behind - cuts * CUT.itemsize
@@ -208,8 +209,8 @@ def _unpacked(data: bytes, size: int) -> Block | None:
         _more(block.more)
     except (OSError, ValueError, TypeError, struct.error):
         return None
-    fits = sum(len(part) for part in block) + FRAME.size == size and len(block.rows) % ROW.itemsize == 0
-    return block if fits else None
+    parts = FRAME.size + len(block.rows) + len(block.media) + len(block.cuts) + more
+    return block if parts == size and len(block.rows) % ROW.itemsize == 0 else None
 
 
 def joined(blocks: Sequence[Block]) -> tuple[Facts, np.ndarray]:
