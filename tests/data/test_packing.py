@@ -134,7 +134,7 @@ def test_a_window_is_packed_in_a_moment() -> None:
     budget = Budget(16384, 65536)
     start = time.process_time()
     pack_samples(tokens, patches, budget, budget.packs(tokens, patches))
-    assert time.process_time() - start < 3  # 0.35 s on an idle core
+    assert time.process_time() - start < 1  # 0.09 s on a busy core
 
 
 def test_no_samples_make_no_packs() -> None:
