@@ -123,10 +123,12 @@ def scan_values(tensors: Sequence[Tensor], terms: int | None = None) -> tuple[bo
         largest = int(magnitude.max())
         if largest >> fraction == (1 << (kind().itemsize * 8 - 1 - fraction)) - 1:  # the exponent of inf and NaN
             return False, False
-        np.subtract(magnitude, kind(1), out=magnitude)  # a zero becomes the largest number, so it does not count
-        smallest = int(magnitude.min()) + 1
         if largest == 0:
             continue
+        smallest = int(magnitude.min())
+        if smallest == 0:
+            np.subtract(magnitude, kind(1), out=magnitude)  # a zero becomes the largest number, so it does not count
+            smallest = int(magnitude.min()) + 1
         highest = max(highest, max(largest >> fraction, 1) - bias + 1)
         lowest = min(lowest, max(smallest >> fraction, 1) - bias - fraction)
     return True, highest - lowest + (terms - 1).bit_length() <= _FLOAT64_BITS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,12 @@ from torch import Tensor
 from keye_train.merging.methods import AVERAGED_DTYPES
 from keye_train.merging.places import ExportError, TensorPlace, tensor_places
 
+ALIGNMENT = 4096
+"""Of memory, place and length in a transfer past the page cache; a multiple of the block of every disk in use."""
+
+DIRECT_BYTES = 1 << 20
+"""Pieces from which on reading past the page cache pays: it has no read-ahead."""
+
 PIECE_ELEMENTS = 1 << 20  # of one tensor, handled at a time: small enough for the caches, large enough for the disk
 
 
@@ -22,6 +29,7 @@ class Files:
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
+        self._direct: dict[Path, int | None] = {}
         self._lock = threading.Lock()
 
     def descriptor(self, file: Path) -> int:
@@ -42,6 +50,42 @@ class Files:
         for file, at, first, last in place.parts(begin, into.numel()):
             self._fill(file, at, target[first * item : last * item], place.name)
 
+    def fetch(self, place: TensorPlace, begin: int, count: int, buffers: Buffers, slot: int) -> Tensor:
+        """The values ``begin`` to ``begin + count`` of a tensor that is read once, in memory of a slot of ``buffers``.
+
+        Long pieces come straight from the disk, past the page cache: a copy less, and what others have in the cache
+        stays there. They do not where the file system has no O_DIRECT.
+
+        Raises:
+            ExportError: a file ends too early.
+        """
+        parts = list(place.parts(begin, count))
+        n_bytes = count * place.dtype.itemsize
+        if len(parts) == 1 and n_bytes >= DIRECT_BYTES:
+            file, at, _, _ = parts[0]
+            descriptor = self._direct_descriptor(file)
+            if descriptor is not None and at % place.dtype.itemsize == 0:
+                skip = at % ALIGNMENT
+                room = buffers.take_aligned(slot, -(-(skip + n_bytes) // ALIGNMENT) * ALIGNMENT)
+                values = room[skip : skip + n_bytes]
+                n_read = max(0, _read_direct(descriptor, room, at - skip) - skip)
+                if n_read < n_bytes:
+                    self._fill(file, at + n_read, values[n_read:].numpy().data, place.name)
+                return values.view(place.dtype)
+        into = buffers.take(slot, count, place.dtype)
+        self.read(place, begin, into)
+        return into
+
+    def _direct_descriptor(self, file: Path) -> int | None:
+        """A descriptor for reading past the page cache; None where that cannot be had."""
+        with self._lock:
+            if file not in self._direct:
+                try:
+                    self._direct[file] = os.open(file, os.O_RDONLY | os.O_DIRECT)
+                except (OSError, AttributeError):  # the file system; the operating system
+                    self._direct[file] = None
+            return self._direct[file]
+
     def expect(self, place: TensorPlace, begin: int, count: int) -> None:
         """Tell the system that these values will be read soon, so that it fetches them ahead."""
         for file, at, first, last in place.parts(begin, count):
@@ -59,9 +103,21 @@ class Files:
     def close(self) -> None:
         """Close all files."""
         with self._lock:
-            for descriptor in self._open.values():
-                os.close(descriptor)
+            for descriptor in [*self._open.values(), *self._direct.values()]:
+                if descriptor is not None:
+                    os.close(descriptor)
             self._open.clear()
+            self._direct.clear()
+
+
+def _read_direct(descriptor: int, into: Tensor, at: int) -> int:
+    """Bytes read; 0 where the file system takes no such read."""
+    try:
+        return os.preadv(descriptor, [into.numpy().data], at)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return 0
 
 
 class Buffers(threading.local):
@@ -72,11 +128,15 @@ class Buffers(threading.local):
 
     def take(self, slot: int, count: int, dtype: torch.dtype) -> Tensor:
         """[count] of ``dtype``; what the slot gave before is overwritten."""
-        n_bytes = count * dtype.itemsize
+        return self.take_aligned(slot, count * dtype.itemsize).view(dtype)
+
+    def take_aligned(self, slot: int, n_bytes: int) -> Tensor:
+        """[n_bytes] uint8 as ``take`` gives it; its address is a multiple of ALIGNMENT."""
         memory = self._memory.get(slot)
         if memory is None or memory.numel() < n_bytes:
-            memory = self._memory[slot] = torch.empty(n_bytes, dtype=torch.uint8)
-        return memory[:n_bytes].view(dtype)
+            memory = torch.empty(n_bytes + ALIGNMENT, dtype=torch.uint8)
+            memory = self._memory[slot] = memory[-memory.data_ptr() % ALIGNMENT :]
+        return memory[:n_bytes]
 
 
 class ExportReader:

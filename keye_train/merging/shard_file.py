@@ -26,15 +26,13 @@ import torch
 from torch import Tensor
 
 from keye_train.merging.places import DTYPE_NAMES
+from keye_train.merging.reading import ALIGNMENT
 
 CHUNK_BYTES = 8 << 20
 """Written at a time: long enough for the disk to be at its full speed."""
 
 CHUNKS, WRITERS = 4, 2
 """Pieces of memory, and threads that write them: one is filled while the others are on their way to the disk."""
-
-ALIGNMENT = 4096
-"""Of memory, place and length in a write with O_DIRECT; a multiple of the block of every disk in use."""
 
 FLUSH_BYTES = 128 << 20
 """Without O_DIRECT: written before the disk is told to begin; the rest of its cache is then never large."""

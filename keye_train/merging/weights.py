@@ -88,16 +88,20 @@ class _ShardJob:
         self.readers, self.accounts, self.settings = readers, accounts, settings
         self.workers, self.hashes = workers, hashes
         self.current = ""
+        self.scanned = False  # the tensor at hand was read once already, and may still be in the page cache
 
     def tasks(self, tensors: Sequence[PlannedTensor]) -> Iterator[Callable[[], tuple[Tensor, Tensor | None]]]:
         """One task for each piece, in the order of the file."""
         for tensor in tensors:
             self.current = tensor.name
             share = self.accounts.shares[tensor.name]
+            self.scanned = False
             rule = self._rule(share)
+            read = self._read if self.scanned else self._fetch
             for begin, count in self._pieces(tensor):
-                self._read_ahead(share, begin + count)
-                yield partial(self._merge_piece, share, rule, begin, count)
+                if self.scanned:
+                    self._read_ahead(share, begin + count)
+                yield partial(self._merge_piece, share, rule, read, begin, count)
 
     def reasons(self) -> list[str]:
         """Why the values cannot be averaged, for all tensors and not only for the one that failed first."""
@@ -128,6 +132,8 @@ class _ShardJob:
             raise MergeError([f"{name}: {error}; choose another method"]) from error
 
     def _scan(self, share: Share, look: Callable[[Sequence[Tensor], int], Any]) -> Iterator[Any]:
+        self.scanned = True
+
         def task(begin: int, count: int) -> Any:
             pieces = self._read(share, begin, count)
             if not scan_values(pieces)[0]:
@@ -136,9 +142,11 @@ class _ShardJob:
 
         return self.workers.in_order(partial(task, begin, count) for begin, count in self._pieces(share.planned))
 
-    def _merge_piece(self, share: Share, rule: Rule, begin: int, count: int) -> tuple[Tensor, Tensor | None]:
+    def _merge_piece(
+        self, share: Share, rule: Rule, read: Callable[[Share, int, int], list[Tensor]], begin: int, count: int
+    ) -> tuple[Tensor, Tensor | None]:
         with _given_up_on_error(self.hashes):
-            pieces = self._read(share, begin, count)
+            pieces = read(share, begin, count)
             for i, piece in zip(share.members, pieces, strict=True):
                 self.hashes.update(i, self.readers[i].places[share.planned.name], begin, piece)
         dtype = share.planned.dtype
@@ -155,6 +163,12 @@ class _ShardJob:
             pieces.append(self.workers.buffers.take(i, count, place.dtype))
             self.readers[i].files.read(place, begin, pieces[-1])
         return pieces
+
+    def _fetch(self, share: Share, begin: int, count: int) -> list[Tensor]:
+        name, buffers = share.planned.name, self.workers.buffers
+        return [
+            self.readers[i].files.fetch(self.readers[i].places[name], begin, count, buffers, i) for i in share.members
+        ]
 
     def _read_ahead(self, share: Share, begin: int) -> None:
         ahead = 2 * self.workers.threads * self.workers.piece_elements

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from keye_train.merging import input_hashes, merge, weights
+from keye_train.merging import input_hashes, merge
 from keye_train.merging.places import ExportError
+from keye_train.merging.reading import Files
 from keye_train.runs import MANIFEST, file_sha256, read_json
 from keye_train.settings import MergeSettings
 
@@ -71,18 +73,18 @@ def test_hashes_of_all_inputs(
 def test_nobody_waits_for_a_part_that_cannot_be_read(
     export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = weights._ShardJob._read
+    fetch = Files.fetch
     calls: list[int] = []
 
-    def failing(self: weights._ShardJob, *values: object) -> list[Tensor]:
+    def failing(self: Files, *values: Any) -> Tensor:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 8:
             raise ExportError("the disk is dying")
-        return read(self, *values)  # type: ignore[arg-type]
+        return fetch(self, *values)
 
-    monkeypatch.setattr(weights._ShardJob, "_read", failing)
+    monkeypatch.setattr(Files, "fetch", failing)
     folders = [export(name, tensors(seed)) for seed, name in enumerate("xyz")]
     settings = MergeSettings(models=[str(one) for one in folders], out=str(tmp_path / "out"), threads=3)
     with pytest.raises(ExportError, match="the disk is dying"):
         merge(settings, progress=False)
-    assert len(calls) > 3
+    assert len(calls) > 8
