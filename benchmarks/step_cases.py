@@ -134,18 +134,21 @@ def forecast(case: Case) -> Forecast:
     learning = module_parameters(model)
     parameters = sum(parameter.numel() for tower in TOWERS for _, parameter in learning[tower])
     packs = case.inputs()
-    largest = max(packs, key=lambda pack: len(pack.input_ids))
-    tokens, patches = len(largest.input_ids), len(largest.vision.pixel_patches)
-    width, inner = config.hidden_size, config.vision.hidden_size
     item = 2 if case.precision == "bf16" else 4
     per_token, per_patch = layer_bytes(case.model, case.precision)
     depth, vision_depth = config.num_hidden_layers, config.vision.num_hidden_layers
-    if case.checkpointing:
-        kept = item * (depth * tokens * width + vision_depth * patches * inner)
-        kept += max(tokens * per_token, patches * per_patch)
-    else:
-        kept = depth * tokens * per_token + vision_depth * patches * per_patch
-    kept += patches * 588 * 4 + patches // 4 * 4 * inner * item * 3  # pixels as floats, the projector's states
+    width, inner = config.hidden_size, config.vision.hidden_size
+
+    def activations(pack: PackedInputs) -> float:
+        tokens, patches = len(pack.input_ids), len(pack.vision.pixel_patches)
+        if case.checkpointing:
+            kept = item * (depth * tokens * width + vision_depth * patches * inner)
+            kept += max(tokens * per_token, patches * per_patch)
+        else:
+            kept = depth * tokens * per_token + vision_depth * patches * per_patch
+        kept += patches * 588 * 4 + patches // 4 * 4 * inner * item * 3  # pixels as floats, the projector's states
+        return float(kept)
+
     return Forecast(
         parameters=parameters,
         flops=step_flops(case),
@@ -153,8 +156,8 @@ def forecast(case: Case) -> Forecast:
         patches=sum(len(pack.vision.pixel_patches) for pack in packs),
         labelled_tokens=sum(len(pack.loss_rows) for pack in packs),
         state_bytes=float(parameters * STATE_BYTES[case.path, case.precision]),
-        activation_bytes=float(kept),
-        loss_bytes=float(loss_bytes(len(largest.loss_rows), width, config.vocab_size, item)),
+        activation_bytes=max(activations(pack) for pack in packs),
+        loss_bytes=float(max(loss_bytes(len(pack.loss_rows), width, config.vocab_size, item) for pack in packs)),
     )
 
 
