@@ -10,9 +10,9 @@
     python -m benchmarks.merge report --folder /tmp/bench
 
 Three models of one architecture in bfloat16, one file each, values of the size of weights. Every measurement is a
-process of its own and starts with the inputs dropped from the page cache; copying and ours end with an fsync of what
-they wrote, mergekit does not sync. The rivals take turns. ``measure`` may be called several times: the report takes the
-median of all.
+process of its own and starts with the inputs dropped from the page cache, and ends when the result is on the disk:
+copying and ours sync what they wrote, for mergekit it is done here ("of it sync, s"). The rivals take turns.
+``measure`` may be called several times: the report takes the median of all.
 """
 
 from __future__ import annotations
@@ -96,13 +96,24 @@ def measure(folder: Path, mergekit: Path | None, dtype: str, only: Sequence[str]
         _forget(folder)
         started = time.perf_counter()
         usage = _run(command, environment)
+        ended = time.perf_counter()
+        _sync(folder / "out")
         row = {"rival": name, "dtype": dtype, "seconds": round(time.perf_counter() - started, 2)}
-        row |= {"cpu_s": round(usage[0], 2), "peak_mib": usage[1] // 1024}
+        row |= {"sync_s": round(time.perf_counter() - ended, 2), "cpu_s": round(usage[0], 2)}
+        row |= {"peak_mib": usage[1] // 1024}
         with (folder / "rows.jsonl").open("a", encoding="utf-8") as rows:
             rows.write(json.dumps(row) + "\n")
         print(row, flush=True)
     shutil.rmtree(folder / "out", ignore_errors=True)
     (folder / "copied").unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """Wait until the result is on the disk; nothing is left to do where its writer did."""
+    for file in folder.glob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def _ours(folder: Path, dtype: str) -> list[str]:
@@ -173,6 +184,7 @@ def report(folder: Path) -> None:
                     "result": dtype,
                     "what": rival,
                     "seconds": f"{middle(rival, 'seconds'):.1f} ({min(seconds):.1f} to {max(seconds):.1f})",
+                    "of it sync, s": f"{middle(rival, 'sync_s'):.1f}",
                     "of copy speed": f"{100 * middle('copy', 'seconds') / middle(rival, 'seconds'):.0f} %",
                     "processor s": f"{middle(rival, 'cpu_s'):.1f}",
                     "peak MiB": int(middle(rival, "peak_mib")),
