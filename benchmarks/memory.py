@@ -25,8 +25,8 @@ import torch
 from benchmarks.results import Result
 from keye_train import compose
 from keye_train.forecast.activations import PackShape, trace
-from keye_train.forecast.forecast import parameter_counts
 from keye_train.forecast.memory import device_memory
+from keye_train.forecast.parameters import parameter_counts
 from keye_train.model import module_parameters
 from keye_train.model.packed import PackedInputs, VisionInputs
 from keye_train.settings import TrainSettings

@@ -6,15 +6,13 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 
-from transformers.modeling_layers import GradientCheckpointingLayer
-
 from keye_train.forecast.activations import Activations, trace
-from keye_train.forecast.memory import GB, DeviceMemory, HostMemory, ParameterCounts, device_memory, host_memory
+from keye_train.forecast.memory import GB, DeviceMemory, HostMemory, device_memory, host_memory
+from keye_train.forecast.parameters import ParameterCounts, parameter_counts
 from keye_train.forecast.speed import StepTime, step_time
 from keye_train.forecast.workload import Workload, workload
 from keye_train.settings import ActivationCheckpointing, Precision, SettingsError, TrainSettings
 from keye_train.settings.cluster import ClusterSettings, ForecastSettings
-from keye_train.training.build import meta_model
 
 CHECKPOINT_BYTES = 12
 """Of each parameter that learns: weight and two moments in float32."""
@@ -160,16 +158,3 @@ def _candidates(settings: ForecastSettings) -> Iterator[tuple[str, ForecastSetti
     changed.deepspeed.offload_optimizer = changed.deepspeed.offload_parameters = True
     changed.stage.activation_checkpointing = full
     yield f"deepspeed=zero3_offload stage.activation_checkpointing={full.value}", changed
-
-
-def parameter_counts(settings: TrainSettings) -> ParameterCounts:
-    """Count the model on the meta device."""
-    model = meta_model(settings)
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
-    sizes += [parameter.numel() for parameter in model.parameters()]
-    return ParameterCounts(
-        total=sum(parameter.numel() for parameter in model.parameters()),
-        learning=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        largest=max(sizes),
-    )

@@ -4,36 +4,29 @@ Legend: A all parameters, L those that learn, N ranks, w bytes of a working weig
 DeepSpeed 0.19 puts things (``training.engine`` drives it):
 
 ==========  ==================================  =============================  ============================
-ZeRO stage  weights                             gradients                      optimizer
+ZeRO stage  weights                             sum of gradients               optimizer
 ==========  ==================================  =============================  ============================
 0           w A                                 4 L                            8 L
 1           w A + 4 L / N of masters            4 L                            8 L / N
-2           w A + 4 L / N of masters            4 L / N, and buckets           8 L / N
-3           w A / N + 4 L / N of masters        4 L / N, and buckets           8 L / N
+2           w A + 4 L / N of masters            4 L / N                        8 L / N
+3           w A / N + 4 L / N of masters        4 L / N                        8 L / N
 ==========  ==================================  =============================  ============================
 
-A moving average of the weights adds 4 L / N (stage 0: 4 L) to the optimizer. At stage 3 layers are gathered while they
-run.
+What comes beside the sum of gradients, and when, has its own module (``forecast.gradients``). A moving average of the
+weights adds 4 L / N (stage 0: 4 L) to the optimizer. At stage 3 layers are gathered while they run.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from keye_train.forecast.activations import Activations, PackShape
+from keye_train.forecast.gradients import Moment, gradient_memory
+from keye_train.forecast.parameters import ParameterCounts
 from keye_train.model.loss import CHUNK_LOGITS
-from keye_train.settings import Objective, Precision, TrainSettings
+from keye_train.settings import ActivationCheckpointing, Objective, Precision, StageSettings, TrainSettings
 
 GB = 1e9
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Parameters of the model in training."""
-
-    total: int
-    learning: int
-    largest: int  # of the largest layer, or of the largest matrix outside the layers
 
 
 @dataclass(frozen=True)
@@ -41,12 +34,13 @@ class DeviceMemory:
     """Bytes of one rank at the peak of a step. Every field is one part; see the module."""
 
     weights: float
-    gradients: float
+    gradients: float  # summed over micro-batches
+    reduced: float  # gradients beside the sum: of the last micro-batch, or copied for a collective or the update
     optimizer: float
     gathered: float  # ZeRO-3: whole layers; autocast: copies of weights in 16 bits
     buckets: float  # of collectives
     activations: float  # kept for the backward
-    workspace: float  # of the loss, or of a layer that is computed again
+    workspace: float  # of the backward of the loss or of a layer
 
     @property
     def total(self) -> float:
@@ -76,7 +70,7 @@ def device_memory(
     ranks: int,
     micro_steps: int,
 ) -> DeviceMemory:
-    """Peak of one rank.
+    """Peak of one rank: what it holds at that of three moments of a step (:class:`Moment`) when it holds most.
 
     Args:
         settings: of the run.
@@ -92,23 +86,47 @@ def device_memory(
     masters = 4 * counts.learning / ranks if stage else 0.0
     moments = (8 + (4 if settings.stage.optimizer.ema_decay else 0)) * counts.learning / parts
     weights = width * counts.total / (ranks if stage == 3 else 1)
-    # Where gradients live in the parameters (stage 0), the first micro-batch finds none.
-    gradients = 4 * counts.learning / (ranks if stage >= 2 else 1)
-    kept = activations.kept(pack, settings.stage.activation_checkpointing)
-    workspace = max(loss_workspace(settings, pack, width), layer_workspace(activations, pack, counts, width))
-    if stage == 0 and micro_steps == 1:
-        # Gradients appear while activations go: never all of both.
-        gradients, kept, workspace = _either(gradients, kept, workspace)
-    optimizer_on_host, weights_on_host = ds.offload_optimizer, ds.offload_parameters
-    return DeviceMemory(
-        weights=(0.0 if weights_on_host else weights) + (0.0 if optimizer_on_host else masters),
-        gradients=0.0 if optimizer_on_host and stage >= 2 else gradients,
-        optimizer=0.0 if optimizer_on_host else moments,
-        gathered=_gathered(settings, counts, width),
-        buckets=_buckets(settings, counts, width, ranks),
-        activations=kept,
-        workspace=workspace,
-    )
+    held = []
+    for moment in Moment:
+        gradients = gradient_memory(moment, settings, counts, ranks, micro_steps)
+        kept, workspace = _backward(moment, settings, counts, activations, pack)
+        held.append(
+            DeviceMemory(
+                weights=(0.0 if ds.offload_parameters else weights) + (0.0 if ds.offload_optimizer else masters),
+                gradients=gradients.summed,
+                reduced=gradients.reduced,
+                optimizer=0.0 if ds.offload_optimizer else moments,
+                gathered=0.0 if moment is Moment.update else _gathered(settings, counts, width, ranks),
+                buckets=gradients.buckets,
+                activations=kept,
+                workspace=workspace,
+            )
+        )
+    return max(held, key=lambda parts: parts.total)
+
+
+def _backward(
+    moment: Moment, settings: TrainSettings, counts: ParameterCounts, activations: Activations, pack: PackShape
+) -> tuple[float, float]:
+    """Bytes of activations and of workspace at a moment of the backward."""
+    checkpointing = settings.stage.activation_checkpointing
+    if moment is Moment.update:
+        return 0.0, 0.0
+    if moment is Moment.loss:
+        # A frozen layer above those that learn passes gradients on and makes none.
+        layer = layer_workspace(activations, pack, checkpointing)
+        return activations.kept(pack, checkpointing), max(loss_workspace(settings, pack), layer)
+    width = 2 if settings.deepspeed.precision == Precision.bf16 else 4
+    beside = _beside_gradients(activations, settings.stage)
+    workspace = layer_workspace(beside, pack, checkpointing) + width * counts.largest_learning
+    return beside.kept(pack, checkpointing), workspace
+
+
+def _beside_gradients(activations: Activations, stage: StageSettings) -> Activations:
+    """What is still kept when the first gradient is there: the backward of a frozen language model is over by then."""
+    if stage.objective == Objective.contrastive or "language" in stage.trainable:
+        return activations
+    return replace(activations, towers=tuple(tower for tower in activations.towers if tower.name != "language"))
 
 
 def host_memory(settings: TrainSettings, counts: ParameterCounts, ranks: int, ranks_per_node: int) -> HostMemory:
@@ -125,49 +143,42 @@ def host_memory(settings: TrainSettings, counts: ParameterCounts, ranks: int, ra
     return HostMemory(4.0 * counts.total * ranks_per_node, of_rank * ranks_per_node, copied * ranks_per_node)
 
 
-def loss_workspace(settings: TrainSettings, pack: PackShape, width: int) -> float:
-    """Bytes that the loss needs beside what it keeps.
+def loss_workspace(settings: TrainSettings, pack: PackShape) -> float:
+    """Bytes that the backward of the loss needs beside what the forward kept.
 
-    The token loss holds one block of logits in float32, in half precision a copy beside it, and the gradient of the
-    hidden states in float32; and the gradient of the output matrix until it is taken over.
+    Of the token loss (``model.loss``): one block of logits in float32, in half precision a copy beside it, and the
+    gradient of the hidden states in float32. Where the output matrix learns, its gradient, and the product that is
+    written into it, of one block.
     """
     stage = settings.stage
     if stage.objective == Objective.contrastive:
         pairs = max(1, pack.tokens // settings.model.text_tower.max_tokens)
         return 3.0 * 4 * pairs**2  # logits, losses and their gradient, one rank's captions at a time
-    language = settings.model.language
-    block = min(CHUNK_LOGITS, pack.labelled * language.vocab_size)
-    matrix = language.vocab_size * language.hidden_size * width if "language" in stage.trainable else 0
-    return block * (4 + (width if width == 2 else 0)) + 4.0 * pack.labelled * language.hidden_size + matrix
+    language, precision = settings.model.language, settings.deepspeed.precision
+    width = 2 if precision == Precision.bf16 else 4
+    computed = 4 if precision == Precision.fp32 else 2
+    columns = min(language.vocab_size, CHUNK_LOGITS // max(pack.labelled, language.hidden_size))
+    logits = pack.labelled * columns * (4 + (computed if computed == 2 else 0))
+    cast = columns * language.hidden_size * computed if computed != width else 0
+    found = float(logits + 4 * pack.labelled * language.hidden_size + cast)
+    if "language" in stage.trainable:
+        found += language.hidden_size * (language.vocab_size * width + columns * computed)
+    return found
 
 
-def layer_workspace(activations: Activations, pack: PackShape, counts: ParameterCounts, width: int) -> float:
-    """Bytes of the backward of one layer: gradients of about half of what it keeps, and those of its weights.
+def layer_workspace(activations: Activations, pack: PackShape, checkpointing: ActivationCheckpointing) -> float:
+    """Bytes of the backward of one layer without those of its weights: gradients of about half of what it keeps.
 
     Where the layer is computed again, what it keeps then comes on top; else that is counted as kept already.
     """
-    return 1.5 * activations.largest_layer(pack) + width * counts.largest
+    again = checkpointing != ActivationCheckpointing.none
+    return (1.5 if again else 0.5) * activations.largest_layer(pack)
 
 
-def _either(gradients: float, kept: float, workspace: float) -> tuple[float, float, float]:
-    if gradients > kept + workspace:
-        return gradients, 0.0, 0.0
-    return 0.0, kept, workspace
-
-
-def _gathered(settings: TrainSettings, counts: ParameterCounts, width: int) -> float:
+def _gathered(settings: TrainSettings, counts: ParameterCounts, width: int, ranks: int) -> float:
     ds = settings.deepspeed
     if ds.precision == Precision.bf16_autocast:
         return 2.0 * counts.total  # copies that the forward makes and the backward needs
-    if ds.zero_stage != 3:
+    if ds.zero_stage != 3 or (ranks == 1 and not ds.offload_parameters):  # a single rank works on its own partition
         return 0.0
     return width * float(min(counts.total, 2 * counts.largest + ds.bucket_elements))
-
-
-def _buckets(settings: TrainSettings, counts: ParameterCounts, width: int, ranks: int) -> float:
-    """What collectives gather before they are sent; two of them where they overlap with computation."""
-    ds = settings.deepspeed
-    if ds.zero_stage == 0:
-        return 0.0
-    elements = min(ds.bucket_elements, counts.learning)
-    return float(width * elements * (2 if ds.overlap_comm else 1))

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from keye_train.forecast.memory import GB, ParameterCounts
+from keye_train.forecast.memory import GB
+from keye_train.forecast.parameters import ParameterCounts
 from keye_train.forecast.workload import Workload
 from keye_train.settings import ActivationCheckpointing, Precision, TrainSettings
 from keye_train.settings.cluster import ClusterSettings

@@ -11,7 +11,8 @@ from keye_train.settings.cluster import ForecastSettings
 
 PARTS = {
     "weights": "weights",
-    "gradients": "gradients",
+    "gradients": "gradients, summed",
+    "reduced": "gradients in reduction",
     "optimizer": "optimizer",
     "gathered": "gathered and cast weights",
     "buckets": "buckets of collectives",

@@ -20,7 +20,8 @@ from keye_train.data.plan import Plan
 from keye_train.forecast import activations as counting
 from keye_train.forecast import forecast, problems, remedies
 from keye_train.forecast.activations import PackShape, trace
-from keye_train.forecast.memory import GB
+from keye_train.forecast.memory import GB, DeviceMemory, device_memory
+from keye_train.forecast.parameters import parameter_counts
 from keye_train.forecast.workload import PLANNED_BATCHES
 from keye_train.settings import ActivationCheckpointing, ForecastSettings
 
@@ -59,8 +60,12 @@ def test_stage_0_has_its_own_towers(caption_weight: int) -> None:
 
 
 @pytest.mark.slow
-def test_one_step_takes_the_memory_that_is_forecast() -> None:
-    command = [sys.executable, "-m", "benchmarks.memory", "2_multitask", "2", "fp32", "none"]
+@pytest.mark.parametrize(
+    ("stage", "zero", "checkpointing"),
+    [("2_multitask", 0, "full"), ("2_multitask", 1, "none"), ("2_multitask", 2, "none"), ("1_align", 2, "none")],
+)
+def test_one_step_takes_the_memory_that_is_forecast(stage: str, zero: int, checkpointing: str) -> None:
+    command = [sys.executable, "-m", "benchmarks.memory", stage, str(zero), "fp32", checkpointing]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert abs(json.loads(done.stdout.splitlines()[-1])["error, %"]) <= 10
@@ -108,6 +113,39 @@ def test_zero_stages_and_ranks_share_the_state_as_they_should() -> None:
     assert parts[2].weights == 2 * counts.total + counts.learning
     assert parts[3].weights == counts.total / 2 + counts.learning
     assert {part.optimizer for part in parts.values()} == {2 * counts.learning}
+
+
+def test_a_later_micro_batch_has_its_gradients_beside_the_sum_where_deepspeed_keeps_both() -> None:
+    def parts(precision: str, micro_steps: int) -> DeviceMemory:
+        recipe = settings("stage=2_multitask", "deepspeed=zero2", f"deepspeed.precision={precision}")
+        return device_memory(
+            recipe, parameter_counts(recipe), trace(recipe), PackShape(8192, 8192, 1024), 1, micro_steps
+        )
+
+    learning = 4 * parameter_counts(settings("stage=2_multitask")).learning
+    assert (parts("fp32", 1).gradients, parts("fp32", 1).reduced) == (0, learning)
+    assert (parts("fp32", 2).gradients, parts("fp32", 2).reduced) == (learning, learning)
+    assert parts("bf16", 2).gradients == learning
+    assert parts("bf16", 2).reduced < learning / 2  # one matrix, cast
+
+
+def test_what_is_frozen_has_no_gradient() -> None:
+    recipe = settings("stage=1_align", "deepspeed=zero2", "deepspeed.precision=fp32")
+    counts = parameter_counts(recipe)
+    assert counts.largest_learning == 1536**2  # of the projector; the tower's table of positions is larger
+    pack = PackShape(64, 64, 8)
+    found = device_memory(recipe, counts, trace(recipe), pack, 1, 2)
+    everything = found.total - found.weights - found.optimizer - found.buckets
+    assert everything < 2 * 4 * (counts.learning + counts.largest_learning)
+
+
+def test_without_activations_the_update_is_the_peak() -> None:
+    """At stage 0 DeepSpeed reduces all gradients through one flat copy."""
+    recipe = settings("stage=2_multitask", "deepspeed=cpu", "stage.activation_checkpointing=full")
+    counts = parameter_counts(recipe)
+    found = device_memory(recipe, counts, trace(recipe), PackShape(64, 64, 8), 1, 2)
+    assert (found.gradients, found.reduced) == (4 * counts.learning, 4 * counts.learning)
+    assert found.total == 4 * counts.total + 16 * counts.learning
 
 
 def test_steps_are_those_of_the_plan_where_shards_are_indexed(toy_corpus: ToyCorpus, tmp_path: Path) -> None:
