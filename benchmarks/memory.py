@@ -2,12 +2,12 @@
 
     python -m benchmarks.memory [--bf16]
 
-Each case is a process of its own: a small Keye (64 M parameters) is built, given to the engine and trained for one
-short step, which makes the optimizer's state, and one of two micro-batches, which is watched. On a CPU, what torch's
-allocator holds is followed through the profiler's memory events, so neither the interpreter nor what malloc keeps back
-counts; on a GPU it is torch.cuda.max_memory_allocated. The forecast is `keye_train.forecast`'s for the same pack.
-On a CPU the cases in bf16 are left out unless --bf16 asks for them: without instructions for bf16 they take many times
-as long.
+Each case has processes of its own, one a rank; its row is of the rank that took most. A small Keye (64 M parameters) is
+built, given to the engine and trained for one short step, which makes the optimizer's state, and one of two
+micro-batches, which is watched. On a CPU, what torch's allocator holds is followed through the profiler's memory
+events, so neither the interpreter nor what malloc keeps back counts; on a GPU it is torch.cuda.max_memory_allocated.
+The forecast is `keye_train.forecast`'s for the same pack. On a CPU the cases in bf16 are left out unless --bf16 asks
+for them: without instructions for bf16 they take many times as long. On GPUs each rank of a case needs its own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -58,18 +59,21 @@ MODEL = [
     "deepspeed.bucket_elements=5000000",
     "deepspeed.overlap_comm=false",
 ]
-CASES = [
-    ("2_multitask", 0, "fp32", "none"),
-    ("2_multitask", 0, "fp32", "selective"),
-    ("2_multitask", 0, "fp32", "full"),
-    ("2_multitask", 1, "fp32", "none"),
-    ("2_multitask", 2, "fp32", "none"),
-    ("2_multitask", 3, "fp32", "none"),
-    ("2_multitask", 3, "fp32", "full"),
-    ("1_align", 2, "fp32", "none"),
-    ("2_multitask", 1, "bf16", "none"),
-    ("2_multitask", 2, "bf16", "full"),
-    ("2_multitask", 3, "bf16", "none"),
+CASES = [  # stage, ZeRO stage, precision, activation checkpointing, ranks
+    ("2_multitask", 0, "fp32", "none", 1),
+    ("2_multitask", 0, "fp32", "selective", 1),
+    ("2_multitask", 0, "fp32", "full", 1),
+    ("2_multitask", 1, "fp32", "none", 1),
+    ("2_multitask", 2, "fp32", "none", 1),
+    ("2_multitask", 3, "fp32", "none", 1),
+    ("2_multitask", 3, "fp32", "full", 1),
+    ("1_align", 2, "fp32", "none", 1),
+    ("2_multitask", 1, "fp32", "full", 2),
+    ("2_multitask", 2, "fp32", "full", 2),
+    ("2_multitask", 3, "fp32", "full", 2),
+    ("2_multitask", 1, "bf16", "none", 1),
+    ("2_multitask", 2, "bf16", "full", 1),
+    ("2_multitask", 3, "bf16", "none", 1),
 ]
 SAMPLES = 8
 SHORT = PackShape(128, 256, 64)
@@ -84,25 +88,30 @@ def main(words: list[str]) -> None:
     bf16 = parser.parse_args(words).bf16 or gpu
     assert __doc__ is not None
     result = Result("memory", __doc__)
+    ranks = torch.cuda.device_count() if gpu else max(case[4] for case in CASES)
+    cases = [case for case in CASES if (bf16 or case[2] != "bf16") and case[4] <= ranks]
     with ThreadPoolExecutor(1 if gpu else 2) as pool:
-        for row in pool.map(_measure_apart, [case for case in CASES if bf16 or case[2] != "bf16"]):
+        for row in pool.map(_measure_apart, cases):
             result.add(row)
     result.write()
 
 
-def _measure_apart(case: tuple[str, int, str, str]) -> dict[str, object]:
-    """One case, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.memory", *map(str, case)]
+def _measure_apart(case: tuple[str, int, str, str, int]) -> dict[str, Any]:
+    """One case, in processes of its own."""
+    *words, ranks = case
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "benchmarks.memory", *map(str, words)]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
-    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    rows: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(rows) == ranks
+    return max(rows, key=lambda row: row["measured, MB"])
 
 
 def measure(stage: str, zero_stage: int, precision: str, checkpointing: str) -> dict[str, object]:
-    """One case, in this process."""
+    """One case, as this process sees it: the only one, or one of those that torchrun started."""
     half = precision == "bf16" and not torch.cuda.is_available()  # slow on CPUs without such instructions
     pack = SHORT if half else PackShape(512, 1024, 256)
     overrides = [
@@ -113,8 +122,9 @@ def measure(stage: str, zero_stage: int, precision: str, checkpointing: str) -> 
         f"stage.activation_checkpointing={checkpointing}",
     ]
     settings = compose.load_settings(TrainSettings, "train", overrides)
-    expected = device_memory(settings, parameter_counts(settings), trace(settings), pack, 1, MICRO_STEPS)
     world = distributed.start(5)
+    counts = parameter_counts(settings)
+    expected = device_memory(settings, counts, trace(settings), pack, world.size, MICRO_STEPS)
     before = _held_bytes()
     objective = build.build_objective(settings)
     groups = parameter_groups(module_parameters(objective.model), settings.stage)
@@ -138,6 +148,7 @@ def measure(stage: str, zero_stage: int, precision: str, checkpointing: str) -> 
         "ZeRO": zero_stage,
         "precision": precision,
         "checkpointing": checkpointing,
+        "ranks": world.size,
         "measured, MB": round(peak / 1e6, 1),
         "forecast, MB": round(expected.total / 1e6, 1),
         "error, %": round(100 * (expected.total / peak - 1), 1),

@@ -86,7 +86,7 @@ def _sharded_gradients(
     Where weights are float32, ``copy_grads_in_partition`` makes room for the whole partition of *every* micro-batch
     (``grads_in_partition``) when its first bucket is full, early in the backward. It is added to the sum of those
     before when the backward is done (``independent_gradient_partition_epilogue``), so all but the first hold two. They
-    hold matrices whole that reach into other ranks' partitions: about one matrix more.
+    hold matrices whole that reach into other ranks' partitions (:meth:`ParameterCounts.whole_in_partition`).
 
     With bf16 there is one flat sum in float32 (``_build_compact_grad_partition_buffer``), to which a matrix at a time
     is added, cast to float32.
@@ -103,7 +103,7 @@ def _sharded_gradients(
         return GradientMemory(0.0, 0.0, buckets + copy if moment is Moment.layers else 0.0)
     partition = 4.0 * counts.learning / ranks
     if not half:
-        partition = min(4.0 * counts.learning, partition + 4.0 * counts.largest_learning)
+        partition = 4.0 * counts.whole_in_partition(ranks)
     if moment is Moment.update:
         return GradientMemory(partition, max(NORM_BYTES * matrix, group), 0.0)
     before = partition if micro_steps > 1 else 0.0

@@ -28,6 +28,9 @@ from keye_train.settings import ActivationCheckpointing, Objective, Precision, S
 
 GB = 1e9
 
+REUSED_WITHIN = 1_000_000_000
+"""Elements; DeepSpeed's default of ``stage3_max_reuse_distance``."""
+
 
 @dataclass(frozen=True)
 class DeviceMemory:
@@ -176,9 +179,16 @@ def layer_workspace(activations: Activations, pack: PackShape, checkpointing: Ac
 
 
 def _gathered(settings: TrainSettings, counts: ParameterCounts, width: int, ranks: int) -> float:
+    """Weights beside those that a rank owns.
+
+    At stage 3 the largest layer and the one before it, or, where that is more, the layers that DeepSpeed keeps over the
+    turn from forward to backward because they are used again within :data:`REUSED_WITHIN` elements
+    (``__params_to_release``): each of them counts on the way there and on the way back. And what is fetched ahead.
+    """
     ds = settings.deepspeed
     if ds.precision == Precision.bf16_autocast:
         return 2.0 * counts.total  # copies that the forward makes and the backward needs
     if ds.zero_stage != 3 or (ranks == 1 and not ds.offload_parameters):  # a single rank works on its own partition
         return 0.0
-    return width * float(min(counts.total, 2 * counts.largest + ds.bucket_elements))
+    kept = max(REUSED_WITHIN // 2, 2 * counts.largest)
+    return width * float(min(counts.read, kept + ds.bucket_elements))

@@ -25,7 +25,7 @@ def values(found: Forecast, settings: ForecastSettings, problems: list[str], cha
     """Everything, with units in the names."""
     return {
         "cluster": asdict(settings.cluster),
-        "parameters": asdict(found.counts),
+        "parameters": {"total": found.counts.total, "learning": found.counts.learning, "largest": found.counts.largest},
         "device_memory_bytes": asdict(found.device) | {"total": found.device.total},
         "host_memory_bytes": asdict(found.host) | {"total": found.host.total},
         "step": asdict(found.step),

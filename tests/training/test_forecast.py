@@ -4,6 +4,7 @@ that cannot fit is refused, and what is offered instead fits."""
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from copy import deepcopy
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from corpus import ToyCorpus
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks.memory import MODEL
 from keye_train import compose
@@ -21,7 +24,7 @@ from keye_train.forecast import activations as counting
 from keye_train.forecast import forecast, problems, remedies
 from keye_train.forecast.activations import PackShape, trace
 from keye_train.forecast.memory import GB, DeviceMemory, device_memory
-from keye_train.forecast.parameters import parameter_counts
+from keye_train.forecast.parameters import ParameterCounts, parameter_counts
 from keye_train.forecast.workload import PLANNED_BATCHES
 from keye_train.settings import ActivationCheckpointing, ForecastSettings
 
@@ -116,17 +119,32 @@ def test_zero_stages_and_ranks_share_the_state_as_they_should() -> None:
 
 
 def test_a_later_micro_batch_has_its_gradients_beside_the_sum_where_deepspeed_keeps_both() -> None:
-    def parts(precision: str, micro_steps: int) -> DeviceMemory:
+    def parts(precision: str) -> list[DeviceMemory]:
         recipe = settings("stage=2_multitask", "deepspeed=zero2", f"deepspeed.precision={precision}")
-        return device_memory(
-            recipe, parameter_counts(recipe), trace(recipe), PackShape(8192, 8192, 1024), 1, micro_steps
-        )
+        counts, traced, pack = parameter_counts(recipe), trace(recipe), PackShape(8192, 8192, 1024)
+        return [device_memory(recipe, counts, traced, pack, 1, micro_steps) for micro_steps in (1, 2)]
 
-    learning = 4 * parameter_counts(settings("stage=2_multitask")).learning
-    assert (parts("fp32", 1).gradients, parts("fp32", 1).reduced) == (0, learning)
-    assert (parts("fp32", 2).gradients, parts("fp32", 2).reduced) == (learning, learning)
-    assert parts("bf16", 2).gradients == learning
-    assert parts("bf16", 2).reduced < learning / 2  # one matrix, cast
+    single, later = parts("fp32")
+    learning = later.gradients
+    assert learning == 4 * parameter_counts(settings("stage=2_multitask")).learning
+    assert (single.gradients, single.reduced, later.reduced) == (0, learning, learning)
+    assert parts("bf16")[1].gradients == learning
+    assert parts("bf16")[1].reduced < learning / 2  # one matrix, cast
+
+
+@given(st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=8), min_size=1, max_size=4), st.integers(1, 9))
+def test_a_partition_holds_whole_what_it_holds_in_part(groups: list[list[int]], ranks: int) -> None:
+    held = [0] * ranks
+    for sizes in groups:
+        length = math.ceil(sum(sizes) / ranks)
+        owners = [element // length for element in range(sum(sizes))]
+        for index, size in enumerate(sizes):
+            start = sum(sizes[:index])
+            for rank in set(owners[start : start + size]):
+                held[rank] += size
+    counts = ParameterCounts(sum(map(sum, groups)), 1, 1, tuple(map(tuple, groups)))
+    assert counts.whole_in_partition(ranks) == max(held)
+    assert counts.whole_in_partition(1) == counts.learning
 
 
 def test_what_is_frozen_has_no_gradient() -> None:
