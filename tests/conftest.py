@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 LONG = (
@@ -24,5 +26,5 @@ LONG = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of LONG first; the rest as it came."""
-    places = {name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get("/".join(item.path.parts[item.path.parts.index("tests") + 1 :]), len(LONG)))
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))

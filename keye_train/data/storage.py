@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,9 @@ STRETCHES = 8  # of work for each connection
 PATIENCE = 4
 """``Storage.map_quick`` takes threads once more than so many items had to wait, and more than one of so many."""
 DOWNLOAD_BLOCK_BYTES = 16 * 2**20
+
+_THREAD = threading.local()
+"""``busy`` is set in the threads of a storage."""
 
 # What no second attempt mends. All else (timeouts, resets, 5xx) comes as a kind that depends on the storage.
 _PERMANENT = (FileNotFoundError, PermissionError, NotImplementedError, TypeError, AttributeError, ImportError)
@@ -137,11 +141,20 @@ class Storage:
             raise StorageError(f"{path} is not there any more; bring it back and resume the run") from error
 
     def map(self, function: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
-        """Apply a function that waits for the storage, to up to ``connections`` items at once; results in order."""
-        if len(items) < 2 or self.settings.connections < 2:
+        """Apply a function that waits for the storage, to up to ``connections`` items at once; results in order.
+
+        What the function itself hands to ``map`` is done one by one: all threads may be busy with such functions, and
+        none would be left for what they wait for.
+        """
+        if len(items) < 2 or self.settings.connections < 2 or getattr(_THREAD, "busy", False):
             return [function(item) for item in items]
         if self._threads is None:
-            self._threads = ThreadPoolExecutor(self.settings.connections, thread_name_prefix="storage")
+            self._threads = ThreadPoolExecutor(
+                self.settings.connections,
+                thread_name_prefix="storage",
+                initializer=setattr,
+                initargs=(_THREAD, "busy", True),
+            )
         # In stretches where there are thousands: handing over an item takes longer than a look at a local file.
         step = max(1, len(items) // (STRETCHES * self.settings.connections))
         stretches = [items[first : first + step] for first in range(0, len(items), step)]

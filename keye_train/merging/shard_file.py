@@ -164,12 +164,12 @@ class ShardFile:
             if kind is None:
                 assert self._given == self._size, "values and header disagree"
                 self._send()
-            self._writers.shutdown(wait=True, cancel_futures=kind is not None)
-            if kind is None:
                 for write in self._writes:
                     write.result()  # an error of the disk is told once: fsync would not repeat it
                 os.fsync(self._descriptor)
         finally:
+            # First: a write that is under way would find another file behind the number of the descriptor.
+            self._writers.shutdown(wait=True, cancel_futures=True)
             os.close(self._descriptor)
 
 

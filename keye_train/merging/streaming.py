@@ -82,7 +82,7 @@ def thread_bytes(models: int, has_base: bool, itemsize: int, blocks: int) -> int
         itemsize: largest of the types, in bytes.
     """
     piece = BLOCK * blocks
-    # Inputs; two results, one made and one that waits to be hashed; the magnitudes while a result is checked.
+    # Inputs; two results, one made and one that waits to be written; the magnitudes while a result is checked.
     n_bytes = piece * itemsize * (models + 3)
     if not has_base:
         # Float64 of one block: values that have to be sorted are stacked, sorted and numbered; the rest is rounding.
@@ -126,10 +126,14 @@ class Workers:
             self.outputs.put(torch.empty(0, dtype=torch.uint8))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="merge")
 
-    def in_order(self, tasks: Iterable[Callable[[], T]]) -> Generator[T]:
+    def in_order(self, tasks: Iterable[Callable[[], T]], give_up: Callable[[], None] | None = None) -> Generator[T]:
         """Results of the tasks in their order; a few tasks are under way or waiting at a time.
 
-        Closing the generator early waits for those under way and drops those that wait.
+        Closing the generator early, or an error, waits for those under way and drops those that wait.
+
+        Args:
+            tasks: taken as they are needed.
+            give_up: called before that; lets no task wait for what one that is dropped would have done.
         """
         running: deque[Future[T]] = deque()
         try:
@@ -140,6 +144,8 @@ class Workers:
             while running:
                 yield running.popleft().result()
         finally:
+            if running and give_up is not None:
+                give_up()
             wait([future for future in running if not future.cancel()])
 
     def __enter__(self) -> Workers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,7 @@ def merge_weights(
         for file, tensors in shards.items():
             with ShardFile(folder / file, tensors) as shard:
                 job = _ShardJob(readers, accounts, settings, workers, hashes)
-                # Closing waits for the threads, so none of them may wait for its turn then.
-                with closing(workers.in_order(job.tasks(tensors))) as results, _given_up_on_error(hashes):
+                with closing(workers.in_order(job.tasks(tensors), hashes.give_up)) as results:
                     for memory, piece in results:
                         if piece is None:
                             raise MergeError(job.reasons())
@@ -63,15 +62,6 @@ def merge_weights(
                         bar.update(piece.nbytes)
                         workers.outputs.put(memory)
             yield file, shard.sha256
-
-
-@contextmanager
-def _given_up_on_error(hashes: InputHashes) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        hashes.give_up()
-        raise
 
 
 class _ShardJob:
@@ -145,10 +135,13 @@ class _ShardJob:
     def _merge_piece(
         self, share: Share, rule: Rule, read: Callable[[Share, int, int], list[Tensor]], begin: int, count: int
     ) -> tuple[Tensor, Tensor | None]:
-        with _given_up_on_error(self.hashes):
+        try:
             pieces = read(share, begin, count)
-            for i, piece in zip(share.members, pieces, strict=True):
-                self.hashes.update(i, self.readers[i].places[share.planned.name], begin, piece)
+        except BaseException:
+            self.hashes.give_up()  # others wait for this piece, and a scan of the next tensor for their threads
+            raise
+        for i, piece in zip(share.members, pieces, strict=True):
+            self.hashes.update(i, self.readers[i].places[share.planned.name], begin, piece)
         dtype = share.planned.dtype
         memory = self.workers.outputs.get()
         if memory.numel() < count * dtype.itemsize:

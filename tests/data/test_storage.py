@@ -63,6 +63,16 @@ def test_threads_are_taken_only_where_there_is_something_to_wait_for(wait_s: flo
     files.close()
 
 
+@pytest.mark.timeout(60)
+def test_what_waits_for_the_storage_may_ask_it_for_more() -> None:
+    """As a file of sizes behind a URL does, of which several parts are wanted."""
+    files = Storage(StorageSettings(connections=2))
+    assert files.map(lambda item: files.map(lambda more: item + more, [0, 1]), range(50)) == [
+        [item, item + 1] for item in range(50)
+    ]
+    files.close()
+
+
 # --------------------------------------------------------------------------------------------------- byte ranges
 
 RANGES = st.lists(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from keye_train.merging import input_hashes, merge
 from keye_train.merging.places import ExportError
 from keye_train.merging.reading import Files
+from keye_train.merging.streaming import Workers
 from keye_train.runs import MANIFEST, file_sha256, read_json
 from keye_train.settings import MergeSettings
 
@@ -88,3 +90,14 @@ def test_nobody_waits_for_a_part_that_cannot_be_read(
     with pytest.raises(ExportError, match="the disk is dying"):
         merge(settings, progress=False)
     assert len(calls) > 8
+
+
+@pytest.mark.timeout(60)
+def test_nobody_waits_for_a_piece_that_is_dropped() -> None:
+    dropped = threading.Event()
+
+    def failing() -> bool:
+        raise ExportError("the disk is dying")
+
+    with Workers(2, models=1) as workers, pytest.raises(ExportError, match="dying"):
+        list(workers.in_order([failing, dropped.wait], dropped.set))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
+from concurrent import futures
 from pathlib import Path
 
 import pytest
@@ -34,3 +38,28 @@ def test_bytes_and_checksum(disk: str, elements: int, tmp_path: Path, monkeypatc
     assert shard.sha256 == file_sha256(shard.file)
     read = load_file(shard.file)
     assert all(torch.equal(read[name], value) for name, value in values.items())
+
+
+def test_a_failing_disk_is_told_when_no_thread_writes_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what is still to be written would go into whatever file has the descriptor next."""
+    writing: list[int] = []
+    close = os.close
+
+    def failing(self: ShardFile, data: memoryview, at: int) -> None:
+        raise OSError(errno.EIO, "the disk is dying")
+
+    def counted(descriptor: int) -> None:
+        writing.append(sum(thread.name.startswith("write") for thread in threading.enumerate()))
+        close(descriptor)
+
+    monkeypatch.setattr(shard_file, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(ShardFile, "_write", failing)
+    monkeypatch.setattr(shard_file.os, "close", counted)
+    planned = PlannedTensor("w", torch.uint8, (CHUNK,))
+    shard = ShardFile(tmp_path / "x.safetensors", [planned])
+    shard.write(torch.zeros(CHUNK, dtype=torch.uint8))
+    futures.wait(shard._writes)
+    with pytest.raises(OSError, match="dying"), shard:
+        pass  # it comes out with the last piece
+    assert writing
+    assert not any(writing)
