@@ -43,11 +43,11 @@ class Filling:
         return fits
 
     def fit_largest(self, samples: np.ndarray, packs: np.ndarray) -> None:
-        """Packs take the largest samples that they have room for, one in each round, until nothing fits.
+        """Packs take the largest samples that they have room for, one in each round, until no turn finds any.
 
         In a round the pack with the most room comes first, and takes the largest sample of at most its room. The next
         one takes the largest of at most its own that is behind that one, and so on. A pack that has no room in the
-        other budget for the sample of its turn takes no more.
+        other budget for the sample of its turn takes no more, nor does one to whose turn no sample is left.
 
         Args:
             samples: [M] int64, without a place.
