@@ -24,7 +24,7 @@ MERGE_HELP = """\
 Average models, a piece of a tensor at a time: float64 sums, rounded once. As many threads run as
 fit in 512 MiB, whatever the size of the models; from about 140 models (75 with a base) on, one thread takes more.
 
-  keye-merge models=[runs/demo/stage3_a,runs/demo/stage3_b] out=runs/merged
+  keye-merge models=[runs/demo/stage3_anneal_a,runs/demo/stage3_anneal_b] out=runs/merged
   keye-merge merge=weighted models=[a,b] weights=[0.7,0.3] out=runs/merged dtype=bfloat16
   keye-merge merge=lawa models=[runs/mine] last=5 out=runs/merged            the last 5 checkpoints of a run
   keye-merge merge=ties models=[ocr,math] weights=[1,1] base=start out=runs/merged

@@ -38,10 +38,10 @@ tokenizer. Writes OUT/curve.json and OUT/merge.html.
   keye-merge curve data=demo models=[runs/a,runs/b] out=runs/curve points=21 beyond=0.5 metric=score
 """
 SEARCH_HELP = """\
-Greedy soup and convex weights, searched on one part of the held-out samples and judged on another, where the gain over
-the parts' mean is reported with a paired bootstrap interval. Accepted soups are written to OUT/soup_greedy and
-OUT/soup_weights. Every value is kept: the same call goes on after a stop. A model is whatever keye-merge takes, if it
-is a Keye model with its tokenizer. Writes OUT/soup.json and OUT/merge.html.
+Greedy soup and convex weights, searched on one part of the held-out samples and judged on another, where the gains over
+the parts' mean and over the uniform average are reported with paired bootstrap intervals; the first decides. Accepted
+soups are written to OUT/soup_greedy and OUT/soup_weights. Every value is kept: the same call goes on after a stop. A
+model is whatever keye-merge takes, if it is a Keye model with its tokenizer. Writes OUT/soup.json and OUT/merge.html.
 
   keye-merge search data=demo models=[runs/a,runs/b,runs/c] out=runs/soup
   keye-merge search data=demo models=[runs/a,runs/b,runs/c] out=runs/soup budget=80 metric=score
@@ -50,46 +50,31 @@ is a Keye model with its tokenizer. Writes OUT/soup.json and OUT/merge.html.
 
 def _diagnose(settings: DiagnosisSettings) -> int:
     from keye_train.merging.diagnosis import diagnose
+    from keye_train.report.lines import diagnosis_lines
 
     file = diagnose(settings)
     found = runs.read_json(file)
-    for reason in found["verdict"]["reasons"]:
-        print(f"{reason['label']}: {reason['value']:.3f} in {reason['module']} ({reason['level']}; {reason['bounds']})")
-    print(f"verdict: {found['verdict']['verdict']}\nfigures: {file}")
+    print(diagnosis_lines(found, file))
     return _page(settings.out, "Diagnosis", diagnosis=found)
 
 
 def _curve(settings: CurveSettings) -> int:
+    from keye_train.report.lines import curve_lines
     from keye_train.soups import draw_curve
 
     file = draw_curve(settings)
     found = runs.read_json(file)
-    barrier = found["barrier"]
-    print(
-        f"barrier: {barrier['height']:+.4f} at t = {barrier['t']:g} "
-        f"(95 %: {barrier['low']:+.4f} to {barrier['high']:+.4f})\nfigures: {file}"
-    )
+    print(curve_lines(found, file))
     return _page(settings.out, "Interpolation", curve=found)
 
 
 def _search(settings: SoupSettings) -> int:
+    from keye_train.report.lines import soup_lines
     from keye_train.soups import search_soup
 
     file = search_soup(settings)
     found = runs.read_json(file)
-    for row in found["rows"]:
-        gain = row["gains"]["parts_mean"]
-        weights = ", ".join(f"{weight:g}" for weight in row["weights"])
-        state = {True: "accepted", False: "refused", None: "part"}[row["accepted"]]
-        print(
-            f"{row['name']:<24} {row['metric']:.4f}  over the parts' mean {gain['gain']:+.4f} "
-            f"(95 %: {gain['low']:+.4f} to {gain['high']:+.4f})  {state}  [{weights}]"
-        )
-    for name, folder in found["written"].items():
-        print(f"{name}: {folder}")
-    if found["stopped"]:
-        print(f"the search ended by its {found['stopped']} limit; raise it and run again to go on")
-    print(f"figures: {file}")
+    print(soup_lines(found, file))
     return _page(settings.out, "Soup search", soup=found)
 
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from keye_train.merging.compatibility import CONFIG, MergeError
 from keye_train.merging.methods import AVERAGED_DTYPES
+from keye_train.merging.places import TensorPlace
 from keye_train.merging.reading import ExportReader
 from keye_train.merging.sources import opened
 from keye_train.merging.ties import drop_doubles
@@ -43,11 +44,12 @@ from keye_train.settings import DiagnosisSettings, SettingsError, model_name
 logger = logging.getLogger(__name__)
 
 DIAGNOSIS = "diagnosis.json"
-VERSION = 1
-"""Goes up whenever the same models would give other figures or another verdict."""
+VERSION = 2
+"""Goes up whenever the same models would give other figures or another verdict, or other words for them."""
 TOTAL = "all"
 UNREAD = (PACKING_TABLE, POOLING_HEAD)
-"""Tensors that no language model reads: equal in all siblings, they would only make distances look smaller."""
+"""Tensors that no language model reads. The merge averages them like all others; equal in all siblings, they would only
+make distances look smaller."""
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -120,13 +122,15 @@ def diagnose(settings: DiagnosisSettings, progress: bool = True) -> Path:
         _check_same_tensors(readers)
         by_tensor = _read_all(readers, has_base, progress)
         _check_finite(readers, by_tensor)
-        left_out = {*readers[0].places, *readers[0].left_out} - set(by_tensor)
+        unread = [name for name, place in readers[0].places.items() if _is_averaged(place) and name.startswith(UNREAD)]
+        left_out = {*readers[0].places, *readers[0].left_out} - {*by_tensor, *unread}
     found = _groups(by_tensor, has_base)
     result = {
         "models": _names(settings.models),
         "paths": [str(reader.origin) for reader in readers[: len(settings.models)]],
         "base": model_name(settings.base) if settings.base else None,
-        "left_out": sorted(left_out),
+        "unread": sorted(unread),  # averaged, not compared
+        "left_out": sorted(left_out),  # neither
         **found,
         "verdict": judge(found["modules"], has_base),
         "request": request,
@@ -180,16 +184,19 @@ def _check_same_tensors(readers: Sequence[ExportReader]) -> None:
                 problems.append(f"{name} has the shape {theirs} in {other.origin} and {mine} in {first.origin}")
     if problems:
         raise MergeError(problems)
-    if not any(place.dtype in AVERAGED_DTYPES and place.elements for place in first.places.values()):
+    if not any(_is_averaged(place) for place in first.places.values()):
         raise SettingsError(f"{first.origin} holds no tensor of floating point numbers: name exports of models")
+
+
+def _is_averaged(place: TensorPlace) -> bool:
+    """Whether the merge takes a mean of it: it holds values, of a type that is averaged."""
+    return place.dtype in AVERAGED_DTYPES and place.elements > 0
 
 
 def _read_all(readers: Sequence[ExportReader], has_base: bool, progress: bool) -> dict[str, Sums]:
     windows = Windows(readers)
     chosen = {
-        name: place
-        for name, place in readers[0].places.items()
-        if place.dtype in AVERAGED_DTYPES and place.elements and not name.startswith(UNREAD)
+        name: place for name, place in readers[0].places.items() if _is_averaged(place) and not name.startswith(UNREAD)
     }
     models = len(readers) - has_base
     by_tensor = {}

@@ -93,7 +93,7 @@ def judge(modules: Mapping[str, Mapping[str, Any]], has_base: bool) -> dict[str,
                 "module": module,
                 "value": values[module],
                 "level": (ONE_BASIN, DOUBTFUL, APART)[level],
-                "bounds": f"{ONE_BASIN}: {bound} {criterion.good:g}; {DOUBTFUL}: {bound} {criterion.bad:g}",
+                "bounds": f"good: {bound} {criterion.good:g}; {DOUBTFUL}: {bound} {criterion.bad:g}",
                 "why": criterion.why,
             }
         )

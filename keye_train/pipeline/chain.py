@@ -103,26 +103,30 @@ def _run_parts(settings: PipelineSettings, clock: Clock) -> Path:
 
 
 def _mix(settings: PipelineSettings, clock: Clock) -> list[str]:
-    """Diagnosis, curve and search; folders of the soups that were accepted."""
+    """Diagnosis, curve and search, each with what it found; folders of the soups that were accepted."""
     if settings.soup is None:
         return []
     from keye_train.merging.diagnosis import diagnose, is_diagnosed
+    from keye_train.report.lines import curve_lines, diagnosis_lines, soup_lines
     from keye_train.soups import draw_curve, search_soup
 
     if settings.soup.diagnose:
         wanted = plan.diagnosis_settings(settings)
         clock.begin(plan.DIAGNOSIS)
         kept = is_diagnosed(wanted)
-        if not kept:
-            diagnose(wanted)
+        file = diagnose(wanted)
         clock.end(plan.DIAGNOSIS, kept=kept)
+        print(diagnosis_lines(runs.read_json(file), file), flush=True)
     if settings.soup.curve_points:
         clock.begin(plan.CURVE)
-        draw_curve(plan.curve_settings(settings))
+        file = draw_curve(plan.curve_settings(settings))
         clock.end(plan.CURVE)
+        print(curve_lines(runs.read_json(file), file), flush=True)
     clock.begin(plan.SOUP)
-    found = runs.read_json(search_soup(plan.soup_settings(settings)))
+    file = search_soup(plan.soup_settings(settings))
     clock.end(plan.SOUP)
+    found = runs.read_json(file)
+    print(soup_lines(found, file), flush=True)
     return list(found["written"].values())
 
 

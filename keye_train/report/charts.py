@@ -59,6 +59,12 @@ def percent(value: float) -> str:
     return f"{100 * value:.3g} %"
 
 
+def signed(value: float) -> str:
+    """A difference with its sign and four decimals; what rounds to nothing has no sign."""
+    text = f"{value:+.4f}"
+    return text if float(text) else text[1:]
+
+
 def smooth(ys: Values, share: float = 0.04) -> list[float | None]:
     """Exponential moving average without bias at the start; its memory is ``share`` of the series, 5 to 50 points."""
     memory = min(50.0, max(5.0, share * len(ys)))

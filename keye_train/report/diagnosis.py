@@ -58,6 +58,7 @@ def diagnosis_section(found: Mapping[str, Any]) -> dict[str, Any]:
         "layers": _groups_table("layer", _in_order(found["layers"]), has_base),
         "charts": _layer_charts(found["layers"], has_base),
         "tensors": _tensors_table(found["tensors"], has_base),
+        "unread": found.get("unread", []),  # absent from an older file
         "left_out": found["left_out"],
     }
 

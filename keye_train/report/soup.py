@@ -7,10 +7,16 @@ from typing import Any
 
 from markupsafe import Markup
 
-from keye_train.report.charts import Series, line_chart
+from keye_train.report.charts import Series, line_chart, signed
 from keye_train.report.tables import EMPTY, Cell, Table, TableRow
 
 REFERENCES = ("parts_mean", "best_part", "uniform")
+AGAINST_UNIFORM = {
+    "better": "better",
+    "worse": "worse",
+    "no difference": "no difference that these samples show",
+}
+"""Words for ``against_uniform`` of a row of soup.json."""
 
 
 def soup_section(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,8 +79,8 @@ def curve_section(found: Mapping[str, Any]) -> dict[str, Any]:
             "Pale: ends of the 95 % interval."
         ),
         "verdict": (
-            f"Between its ends the curve {way} the straight line {by}, at t = {barrier['t']:g} "
-            f"(95 %: {barrier['low']:+.4f} to {barrier['high']:+.4f}): "
+            f"Between its ends the curve {way} the straight line {by}, at t = {barrier['t']:.2f} "
+            f"({_ends(barrier, '95 %: ')}): "
             + ("a barrier between two basins." if clear else "no barrier that these samples can tell.")
         ),
         "verdict_kind": "wrong" if clear else "right",
@@ -101,16 +107,44 @@ def _with_interval(value: Mapping[str, float], best: bool = False) -> Cell:
 def _gain(gain: Mapping[str, float]) -> Cell:
     if gain["gain"] == gain["low"] == gain["high"] == 0:  # a model against itself
         return EMPTY
-    return Cell(f"{gain['gain']:+.4f}", f"{gain['low']:+.4f} to {gain['high']:+.4f}")
+    return Cell(signed(gain["gain"]), _ends(gain))
+
+
+def _ends(bounds: Mapping[str, float], before: str = "") -> str:
+    return f"{before}{signed(bounds['low'])} to {signed(bounds['high'])}"
+
+
+def with_ends(value: float, bounds: Mapping[str, float], before: str = "") -> str:
+    """A difference with its interval: +0.0003 (-0.0018 to +0.0023).
+
+    Args:
+        value: the difference.
+        bounds: ``low`` and ``high`` of its interval.
+        before: put before the interval.
+    """
+    return f"{signed(value)} ({_ends(bounds, before)})"
+
+
+def over_uniform(row: Mapping[str, Any]) -> str:
+    """What the samples say of a searched soup beside the uniform average; empty for the parts and that average."""
+    against = row.get("against_uniform")  # absent from the file of an older search
+    if against is None:
+        return ""
+    if against == "same weights":
+        return "the same weights as uniform"
+    gain = row["gains"]["uniform"]
+    return f"over uniform {with_ends(gain['gain'], gain)}: {AGAINST_UNIFORM[against]}"
 
 
 def _verdict(found: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, str]:
     gain = row["gains"]["parts_mean"]
     text = (
         f"{row['name']}: {'accepted' if row['accepted'] else 'refused'}; {found['metric']} {row['metric']:.4f} against "
-        f"{found['parts_mean']['metric']:.4f} of the parts' mean, a gain of {gain['gain']:+.4f} "
-        f"(95 %: {gain['low']:+.4f} to {gain['high']:+.4f})."
+        f"{found['parts_mean']['metric']:.4f} of the parts' mean, a gain of "
+        f"{with_ends(gain['gain'], gain, '95 %: ')}"
     )
+    against = over_uniform(row)
+    text += f"; {against}." if against else "."
     return {"text": text, "kind": "right" if row["accepted"] else "wrong"}
 
 

@@ -176,6 +176,9 @@ def judge(
 ) -> dict[str, Any]:
     """Rows of the table: metric with interval, and gains over the parts' mean, the best part and the uniform mean.
 
+    ``against_uniform`` of a searched soup says what its interval of the gain over the uniform mean tells: "better",
+    "worse", "no difference" (0 lies inside) or "same weights"; it decides nothing. None for parts and uniform mean.
+
     Args:
         candidates: name -> weights; the first ``parts`` are the parts, then the uniform mean.
         values: of each candidate on the confirmation samples.
@@ -203,14 +206,25 @@ def judge(
             "metric": float(means[column]),
             "low": low,
             "high": high,
+            "gains": gains,
+            "accepted": gains["parts_mean"]["low"] > 0 if column >= parts else None,
+            "against_uniform": None,
         }
-        rows.append(row | {"gains": gains, "accepted": gains["parts_mean"]["low"] > 0 if column >= parts else None})
+        if column > parts:
+            same = candidates[name] == candidates[names[parts]]
+            row["against_uniform"] = "same weights" if same else _told(gains["uniform"])
+        rows.append(row)
     low, high = interval(references["parts_mean"][1])
     return {
         "rows": rows,
         "parts_mean": {"metric": float(references["parts_mean"][0]), "low": low, "high": high},
         "best_part": names[best_part],
     }
+
+
+def _told(gain: dict[str, float]) -> str:
+    """What an interval tells of a difference."""
+    return "better" if gain["low"] > 0 else "worse" if gain["high"] < 0 else "no difference"
 
 
 def _place(folder: Path, settings: SoupSettings, weights: Sequence[float] | None, progress: bool) -> Path | None:

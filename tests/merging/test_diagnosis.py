@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from keye_train.merging import MergeError
+from keye_train.merging import MergeError, merge
 from keye_train.merging import windows as windows_module
 from keye_train.merging.diagnosis import diagnose, is_diagnosed, module_of
+from keye_train.model.parameters import PACKING_TABLE, POOLING_HEAD
 from keye_train.report import write_merge_page
-from keye_train.settings import DiagnosisSettings, SettingsError
+from keye_train.settings import DiagnosisSettings, MergeSettings, SettingsError
 
 NAMES = {
     "visual.vision_model.encoder.layers.0.w": (30, 41),
@@ -136,6 +138,27 @@ def test_the_page_shows_verdict_bounds_and_models(found: Any, tmp_path: Path) ->
     for text in ("One basin", "bounds (ours)", "m0", "m2", "parent", "Diagnosis &lt;b&gt;"):
         assert text in page
     assert "https://" not in page
+
+
+def test_what_is_not_compared_is_told_with_what_a_merge_does_to_it(tmp_path: Path, export: Callable[..., Path]) -> None:
+    probe = POOLING_HEAD + "probe"
+    _, models = siblings(3, 0.1)
+    unread = [{PACKING_TABLE: torch.full((4, 2), value), probe: torch.full((2,), -value)} for value in (1.0, 2.0)]
+    count = {"steps": torch.tensor([7])}
+    folders = [
+        export(f"m{i}", model | more | count) for i, (model, more) in enumerate(zip(models, unread, strict=False))
+    ]
+    result = run(tmp_path, folders)
+    assert (result["unread"], result["left_out"]) == ([PACKING_TABLE, probe], ["steps"])
+    assert not {PACKING_TABLE, probe, "steps"} & set(result["tensors"])
+    settings = MergeSettings(models=[str(folder) for folder in folders], out=str(tmp_path / "merged"))
+    merged = load_file(merge(settings, progress=False) / "model.safetensors")
+    assert torch.equal(merged[PACKING_TABLE], torch.full((4, 2), 1.5))
+    assert torch.equal(merged[probe], torch.full((2,), -1.5))
+    assert torch.equal(merged["steps"], count["steps"])
+    page = " ".join(write_merge_page(tmp_path / "merge.html", "T", diagnosis=result).read_text().split())
+    assert f"a merge averages them like all others: {PACKING_TABLE}, {probe}." in page
+    assert "it is tied to): steps." in page
 
 
 def test_what_cannot_be_compared_is_named(tmp_path: Path, export: Callable[..., Path]) -> None:

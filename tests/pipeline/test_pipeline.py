@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from keye_train.report.lines import curve_lines, diagnosis_lines, soup_lines
+
 pytest.importorskip("sklearn", reason="the demo's pictures come from the [demo] extra")
 pytestmark = pytest.mark.timeout(600)  # one chain stands behind most of these tests
 
@@ -118,6 +120,9 @@ def test_a_second_call_keeps_what_is_finished(chain: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert {path: path.stat().st_mtime_ns for path in kept} == before
     assert done.stdout.count("already finished, kept") == len([*RUNS, "diagnosis"])
+    for name, lines in (("diagnosis", diagnosis_lines), ("curve", curve_lines), ("soup", soup_lines)):
+        file = Path("runs") / "smoke" / "soup" / f"{name}.json"
+        assert lines(json.loads((chain / file).read_text()), file) + "\n" in done.stdout
 
 
 def test_an_interrupted_chain_goes_on_to_the_same_weights(chain: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import png, question, toy_settings, write_exports, write_shard
 
+from keye_train.cli.soups import COMMANDS
 from keye_train.evaluation import evaluate, fingerprints
 from keye_train.evaluation.candidates import CandidateScorer, Values
 from keye_train.evaluation.exports import Export
@@ -22,6 +23,7 @@ from keye_train.merging import merge
 from keye_train.merging.blend import Blend
 from keye_train.merging.sources import opened
 from keye_train.report import write_merge_page
+from keye_train.report.lines import soup_lines
 from keye_train.runs import file_sha256
 from keye_train.settings import (
     CurveSettings,
@@ -40,7 +42,7 @@ from keye_train.soups import draw_curve, search_soup
 from keye_train.soups.bootstrap import resample
 from keye_train.soups.curve import line_places
 from keye_train.soups.search import Trials, exact, greedy, nelder_mead, normalised
-from keye_train.soups.soup import split
+from keye_train.soups.soup import judge, split
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
 
@@ -172,6 +174,38 @@ def test_the_result_says_what_was_found_and_accepts_only_what_is_better(searched
             assert (out / row["name"] / "manifest.json").exists() == row["accepted"]
     best = min(result["trials"], key=lambda trial: trial["metric"])
     assert result["rows"][-1]["weights"] == best["weights"]
+
+
+def test_searched_soups_are_judged_against_the_uniform_mean_which_decides_nothing(world: Any, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    hard, noise = draw.gamma(1.0, size=200), draw.normal(size=200)
+    columns: dict[
+        str, tuple[list[float], Any]
+    ] = {  # loss of each candidate less that of the samples; the parts' mean is worse than all averages
+        "a": ([1.0, 0.0], 0.3),
+        "b": ([0.0, 1.0], 0.4),
+        "uniform": ([0.5, 0.5], 0.1),
+        "twin": ([0.5, 0.5], 0.1),
+        "better": ([0.6, 0.4], 0.05),
+        "worse": ([0.7, 0.3], 0.15),
+        "level": ([0.4, 0.6], 0.1 + 0.01 * (noise - noise.mean())),
+    }
+    values = [Values({"x": hard + more}, {"x": np.ones(200)}) for _, more in columns.values()]
+    candidates = {name: tuple(weights) for name, (weights, _) in columns.items()}
+    rows = judge(candidates, values, 2, 0, soup(world, tmp_path))["rows"]
+    told = [None, None, None, "same weights", "better", "worse", "no difference"]
+    assert [row["against_uniform"] for row in rows] == told
+    assert [row["accepted"] for row in rows] == [None, None, True, True, True, True, True]
+    level = rows[-1]["gains"]["uniform"]
+    assert level["low"] < 0 < level["high"]
+
+
+def test_the_command_prints_what_the_file_holds(searched: Any, world: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    out, result = searched
+    assert COMMANDS["search"].work(soup(world, out)) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(soup_lines(result, out / "soup.json") + "\npage:")
+    assert "uniform" in printed
 
 
 def test_a_second_search_computes_nothing_and_one_that_was_cut_goes_on(
