@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -90,8 +92,13 @@ def test_options_that_cannot_hold_are_refused_at_once(
     [(["measure"], "needs --folder"), (["--turns", "0"], "--turns"), (["--gb", "1e9"], "choose a smaller --gb")],
 )
 def test_a_merge_that_cannot_be_measured_writes_nothing(
-    options: list[str], named: str, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    named: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(merge, "FOLDER", tmp_path / "benchmark")  # one may be running here
     with pytest.raises(SystemExit):
         merge.main(options)
     assert named in capsys.readouterr().err

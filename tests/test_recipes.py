@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 
 from keye_train import compose
+from keye_train.cli import merge_main, train_main
 from keye_train.settings import (
     CurveSettings,
     DiagnosisSettings,
@@ -160,3 +163,26 @@ def test_a_merge_that_cannot_work_is_refused(overrides: list[str], expected: str
     with pytest.raises(SettingsError) as raised:
         compose.load_settings(MergeSettings, "merge", overrides)
     assert expected in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "expected"),
+    [
+        (merge_main, ["verfy", "runs/merged"], "did you mean 'keye-merge verify'?"),
+        (merge_main, ["serach", "data=demo"], "did you mean 'keye-merge search'?"),
+        (train_main, ["plna", "model=tiny"], "did you mean 'keye-train plan'?"),
+        (train_main, ["--show", "plan"], "did you mean 'keye-train plan'?"),
+        (merge_main, ["runs/a", "runs/b"], "KEY=VALUE, as in"),
+        (train_main, ["~plan"], "Could not delete"),
+    ],
+)
+def test_a_mistyped_command_is_answered_with_the_right_one(
+    command: Callable[[Sequence[str]], None],
+    words: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        command(words)
+    assert left.value.code == 2
+    assert expected in capsys.readouterr().err

@@ -93,7 +93,8 @@ def merge_main(argv: Sequence[str] | None = None) -> None:
 
     allowed = "--allow="
     words = [f"allow=[{word.removeprefix(allowed)}]" if word.startswith(allowed) else word for word in words]
-    recipe_command("keye-merge", merge_help(), MergeSettings, "merge", ("merge",), work, words)
+    commands = ("verify", *soups.COMMANDS)
+    recipe_command("keye-merge", merge_help(), MergeSettings, "merge", ("merge",), work, words, commands)
 
 
 def merge_help() -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from keye_train import compose
+from keye_train.settings import SettingsError
 
 T = TypeVar("T")
 
@@ -23,8 +25,12 @@ def recipe_command(
     groups: Sequence[str],
     work: Callable[[T], int],
     argv: Sequence[str] | None,
+    commands: Iterable[str] = (),
 ) -> None:
-    """Read the command line, compose the recipe, do the work, leave with its exit code."""
+    """Read the command line, compose the recipe, do the work, leave with its exit code.
+
+    ``commands``: words that could have stood first, for the user who mistypes one.
+    """
     recipes = compose.recipes_folder()
     listed = "\n".join(f"  {group + '=':<12}{' | '.join(compose.choices(group, recipes))}" for group in groups)
     parser = argparse.ArgumentParser(
@@ -46,6 +52,7 @@ def recipe_command(
     )
 
     def composed() -> int:
+        _refuse_mistyped(name, arguments.overrides[:1], commands)
         if arguments.recipes is not None:  # the processes that a pipeline starts read the same recipes
             os.environ[compose.RECIPES_VARIABLE] = str(Path(arguments.recipes).resolve())
         settings = compose.load_settings(schema, primary, arguments.overrides, arguments.recipes)
@@ -55,6 +62,14 @@ def recipe_command(
         return work(settings)
 
     guarded(name, composed)
+
+
+def _refuse_mistyped(name: str, first: Sequence[str], commands: Iterable[str]) -> None:
+    """Raise SettingsError for a first word that was meant to be a command."""
+    for word in first:
+        close = difflib.get_close_matches(word, list(commands), n=1)
+        if close and "=" not in word and not word.startswith("~"):  # ~KEY removes a value
+            raise SettingsError(f"'{word}' is no KEY=VALUE; did you mean '{name} {close[0]}'?")
 
 
 def guarded(name: str, work: Callable[[], int]) -> None:

@@ -7,7 +7,7 @@ a difference that the user allows.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,25 @@ def value_problems(readers: Sequence[ExportReader], names: Sequence[str], equal:
         elif equal:
             problems += [str(one) for one in unequal(holders, name)]
     return problems
+
+
+def check_seals(readers: Sequence[ExportReader], sha256: Callable[[ExportReader, Path], str | None]) -> None:
+    """Compare files with the checksums that their writer noted.
+
+    Args:
+        sha256: of a file of a reader; None: this file is not asked about.
+
+    Raises:
+        MergeError: bits changed on the disk; it lists every such file.
+    """
+    problems = [
+        f"{file} does not match the checksum of its checkpoint: it is damaged; take another one"
+        for reader in readers
+        for file, sealed in reader.sealed.items()
+        if sha256(reader, file) not in (None, sealed)
+    ]
+    if problems:
+        raise MergeError(problems)
 
 
 def unequal(readers: Sequence[ExportReader], name: str) -> list[Difference]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from keye_train.merging.accounting import Accounts, account
-from keye_train.merging.compatibility import CONFIG, MergeError, compared_files
+from keye_train.merging.compatibility import CONFIG, check_seals, compared_files
 from keye_train.merging.input_hashes import InputHashes
 from keye_train.merging.output import check_room, partial_output
 from keye_train.merging.reading import ExportReader
@@ -104,7 +104,8 @@ def _merge(
                 # Those of an interrupted merge have been written afresh.
                 if path.name not in shards and path.name != MANIFEST:
                     output.add(path.name, file_sha256(path))
-            _check_seals(readers, hashes)
+            by_reader = dict(zip(readers, hashes, strict=True))
+            check_seals(readers, lambda reader, file: _sha256(by_reader[reader].get(_key(reader, file))))
             manifest = _manifest(settings, request, readers, hashes, accounts) | {"files": output.files}
         finally:
             hashers.shutdown(wait=True, cancel_futures=True)
@@ -221,21 +222,6 @@ def tensors_digest(tensors: Sequence[PlannedTensor]) -> str:
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-def _check_seals(readers: Sequence[ExportReader], hashes: Sequence[dict[str, Described]]) -> None:
-    """Raise MergeError for inputs that are not what their writer noted: bits that changed on the disk."""
-    problems = []
-    for reader, files in zip(readers, hashes, strict=True):
-        for file, sha256 in reader.sealed.items():
-            described = files.get(_key(reader, file))
-            found = None if described is None else described()["sha256"]
-            if found not in (None, sha256):
-                problems.append(
-                    f"{file} does not match the checksum of its checkpoint: it is damaged; take another one"
-                )
-    if problems:
-        raise MergeError(problems)
-
-
 def _describe_inputs(
     readers: Sequence[ExportReader], settings: MergeSettings, on_the_way: InputHashes, pool: ThreadPoolExecutor
 ) -> list[dict[str, Described]]:
@@ -262,6 +248,10 @@ def _describe_inputs(
 def _description(stat: tuple[int, int], sha256: Callable[[], str | None]) -> dict[str, Any]:
     n_bytes, mtime_ns = stat
     return {"bytes": n_bytes, "mtime_ns": mtime_ns, "sha256": sha256()}
+
+
+def _sha256(described: Described | None) -> str | None:
+    return None if described is None else described()["sha256"]
 
 
 def _input_files(readers: Sequence[ExportReader]) -> list[dict[str, Path]]:

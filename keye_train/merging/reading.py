@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import threading
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from keye_train.merging.methods import AVERAGED_DTYPES
 from keye_train.merging.places import ExportError, TensorPlace, tensor_places
+from keye_train.settings import SettingsError
 
 ALIGNMENT = 4096
 """Of memory, place and length in a transfer past the page cache; a multiple of the block of every disk in use."""
@@ -25,19 +29,46 @@ PIECE_ELEMENTS = 1 << 20  # of one tensor, handled at a time: small enough for t
 
 
 class Files:
-    """Open files by path; each is opened once, and read at any place by any thread."""
+    """Open files by path, read at any place by any thread.
 
-    def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
-        self._direct: dict[Path, int | None] = {}
+    Args:
+        limit: descriptors that stay open between two reads, those used last: a model may have more files than a process
+            may open. A file can take two, one of them for reading past the page cache.
+    """
+
+    def __init__(self, limit: int = 64) -> None:
+        self.limit = limit
+        self._open: OrderedDict[tuple[Path, bool], int | None] = OrderedDict()  # used last: at the end
+        self._users: Counter[tuple[Path, bool]] = Counter()  # threads that read at this moment
         self._lock = threading.Lock()
 
-    def descriptor(self, file: Path) -> int:
-        """The descriptor of a file, opened for reading."""
+    @contextmanager
+    def _opened(self, file: Path, direct: bool = False) -> Iterator[int | None]:
+        """A descriptor, open inside the block; None where one past the page cache (``direct``) cannot be had."""
+        key = file, direct
         with self._lock:
-            if file not in self._open:
-                self._open[file] = os.open(file, os.O_RDONLY)
-            return self._open[file]
+            if key not in self._open:
+                self._close_unused(self.limit - 1)
+                self._open[key] = _open_direct(file) if direct else os.open(file, os.O_RDONLY)
+            self._open.move_to_end(key)
+            self._users[key] += 1
+            descriptor = self._open[key]
+        try:
+            yield descriptor
+        finally:
+            with self._lock:
+                self._users[key] -= 1
+                self._close_unused(self.limit)
+
+    def _close_unused(self, left: int) -> None:
+        """Close what no thread reads, longest unused first, until ``left`` are open."""
+        for key in [key for key in self._open if not self._users[key]] if len(self._open) > left else ():
+            if len(self._open) <= left:
+                return
+            descriptor = self._open.pop(key)
+            del self._users[key]
+            if descriptor is not None:
+                os.close(descriptor)
 
     def read(self, place: TensorPlace, begin: int, into: Tensor) -> None:
         """Fill ``into`` [N] (of the place's type, contiguous) with the values ``begin`` to ``begin + N``.
@@ -61,53 +92,66 @@ class Files:
         """
         parts = list(place.parts(begin, count))
         n_bytes = count * place.dtype.itemsize
-        if len(parts) == 1 and n_bytes >= DIRECT_BYTES:
+        if len(parts) == 1 and n_bytes >= DIRECT_BYTES and parts[0][1] % place.dtype.itemsize == 0:
             file, at, _, _ = parts[0]
-            descriptor = self._direct_descriptor(file)
-            if descriptor is not None and at % place.dtype.itemsize == 0:
-                skip = at % ALIGNMENT
-                room = buffers.take_aligned(slot, -(-(skip + n_bytes) // ALIGNMENT) * ALIGNMENT)
-                values = room[skip : skip + n_bytes]
-                n_read = max(0, _read_direct(descriptor, room, at - skip) - skip)
-                if n_read < n_bytes:
-                    self._fill(file, at + n_read, values[n_read:].numpy().data, place.name)
-                return values.view(place.dtype)
+            skip = at % ALIGNMENT
+            room = buffers.take_aligned(slot, -(-(skip + n_bytes) // ALIGNMENT) * ALIGNMENT)
+            values = room[skip : skip + n_bytes]
+            with self._opened(file, direct=True) as descriptor:
+                n_read = 0 if descriptor is None else max(0, _read_direct(descriptor, room, at - skip) - skip)
+            if n_read < n_bytes:
+                self._fill(file, at + n_read, values[n_read:].numpy().data, place.name)
+            return values.view(place.dtype)
         into = buffers.take(slot, count, place.dtype)
         self.read(place, begin, into)
         return into
-
-    def _direct_descriptor(self, file: Path) -> int | None:
-        """A descriptor for reading past the page cache; None where that cannot be had."""
-        with self._lock:
-            if file not in self._direct:
-                try:
-                    self._direct[file] = os.open(file, os.O_RDONLY | os.O_DIRECT)
-                except (OSError, AttributeError):  # the file system; the operating system
-                    self._direct[file] = None
-            return self._direct[file]
 
     def expect(self, place: TensorPlace, begin: int, count: int) -> None:
         """Tell the system that these values will be read soon, so that it fetches them ahead."""
         for file, at, first, last in place.parts(begin, count):
             n_bytes = (last - first) * place.dtype.itemsize
-            os.posix_fadvise(self.descriptor(file), at, n_bytes, os.POSIX_FADV_WILLNEED)
+            with self._opened(file) as descriptor:
+                assert descriptor is not None
+                os.posix_fadvise(descriptor, at, n_bytes, os.POSIX_FADV_WILLNEED)
 
     def _fill(self, file: Path, at: int, target: memoryview, name: str) -> None:
-        descriptor = self.descriptor(file)
-        while target:
-            n_read = os.preadv(descriptor, [target], at)
-            if not n_read:
-                raise ExportError(f"{file} ended inside {name}: it was changed while it was read")
-            target, at = target[n_read:], at + n_read
+        with self._opened(file) as descriptor:
+            assert descriptor is not None
+            while target:
+                n_read = os.preadv(descriptor, [target], at)
+                if not n_read:
+                    raise ExportError(f"{file} ended inside {name}: it was changed while it was read")
+                target, at = target[n_read:], at + n_read
 
     def close(self) -> None:
-        """Close all files."""
+        """Close all files, once no thread reads."""
         with self._lock:
-            for descriptor in [*self._open.values(), *self._direct.values()]:
-                if descriptor is not None:
-                    os.close(descriptor)
-            self._open.clear()
-            self._direct.clear()
+            self._close_unused(0)
+
+
+def open_files_each(models: int) -> int:
+    """Descriptors that each of several models may keep open: half of those of the process, in equal parts.
+
+    Raises:
+        SettingsError: too few, one for reading past the page cache and one through it.
+    """
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed == resource.RLIM_INFINITY:
+        allowed = 1 << 20
+    each = allowed // 2 // max(1, models)
+    if each < 2:
+        raise SettingsError(
+            f"{models} models need {4 * models} open files, and this process may open {allowed}: raise the limit with "
+            f"ulimit -n {4 * models}, or name fewer models"
+        )
+    return each
+
+
+def _open_direct(file: Path) -> int | None:
+    try:
+        return os.open(file, os.O_RDONLY | os.O_DIRECT)
+    except (OSError, AttributeError):  # the file system; the operating system
+        return None
 
 
 def _read_direct(descriptor: int, into: Tensor, at: int) -> int:

@@ -17,7 +17,7 @@ from keye_train.checkpoints import CheckpointReader
 from keye_train.checkpoints.layout import COMPLETE, INDEX, slice_key
 from keye_train.checkpoints.layout import MANIFEST as LAYOUT_MANIFEST
 from keye_train.merging.places import Span, TensorPlace, file_places, tensor_places
-from keye_train.merging.reading import ExportReader
+from keye_train.merging.reading import ExportReader, open_files_each
 from keye_train.runs import (
     CHECKPOINTS,
     EXPORT,
@@ -57,9 +57,15 @@ def opened(paths: Iterable[str | Path]) -> Iterator[list[ExportReader]]:
 
     Raises:
         FileNotFoundError, SettingsError, ExportError: as ``open_model``.
+        SettingsError: more models than the limit of open files allows.
     """
+    names = list(paths)
+    limit = open_files_each(len(names))
     with ExitStack() as stack:
-        yield [stack.enter_context(closing(open_model(path))) for path in paths]
+        readers = [stack.enter_context(closing(open_model(name))) for name in names]
+        for reader in readers:
+            reader.files.limit = limit
+        yield readers
 
 
 def _open_checkpoint(folder: Path) -> ExportReader:

@@ -17,8 +17,8 @@ from keye_train.evaluation.candidates import CandidateScorer, Values, scoring_fi
 from keye_train.evaluation.exports import Export
 from keye_train.evaluation.fingerprints import FileHashes
 from keye_train.evaluation.heldout import Heldout
-from keye_train.merging import MergeError
 from keye_train.merging.blend import Blend
+from keye_train.merging.compatibility import check_seals
 from keye_train.merging.reading import ExportReader
 from keye_train.merging.sources import opened
 from keye_train.runs import read_json, write_json_atomic
@@ -51,10 +51,10 @@ class Models:
         self._require_answers()
         self.blend = Blend(readers)
         hashes = FileHashes(cache)
-        _check_seals(readers, hashes)
+        weights = {reader: reader.weight_files() for reader in readers}
+        check_seals(readers, lambda reader, file: hashes(file) if file in weights[reader] else None)
         self.fingerprints = [
-            export.fingerprint(hashes, reader.weight_files())
-            for export, reader in zip(self.exports, readers, strict=True)
+            export.fingerprint(hashes, files) for export, files in zip(self.exports, weights.values(), strict=True)
         ]
 
     def _require_answers(self) -> None:
@@ -90,17 +90,6 @@ def opened_models(names: Mapping[str, str], out: Path) -> Iterator[Models]:
     """
     with opened(names.values()) as readers:
         yield Models(list(names), readers, out / CACHE)
-
-
-def _check_seals(readers: Sequence[ExportReader], hashes: FileHashes) -> None:
-    problems = [
-        f"{file} does not match the checksum of its checkpoint: it is damaged; take another one"
-        for reader in readers
-        for file in reader.weight_files()
-        if file in reader.sealed and hashes(file) != reader.sealed[file]
-    ]
-    if problems:
-        raise MergeError(problems)
 
 
 class Scoreboard:

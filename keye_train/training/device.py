@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import resource
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from keye_train.settings import Precision
 
@@ -28,8 +30,10 @@ PEAKS = (
     ("RTX 4090", 165.2, 82.6),
     ("RTX 3090", 71.0, 35.6),
 )
-MATRIX_SIZE = {"cuda": 4096, "cpu": 512}  # of the products that are timed where no data sheet is known
-REPEATS = 6
+MATRIX_SIZES = {"cuda": (4096,), "cpu": (128, 256, 512)}  # of the products that are timed where no data sheet is known
+ROUNDS, REPEATS = 4, 2  # of every product
+PAUSE_S = 0.02  # between two rounds: together they outlast what else keeps a machine busy for a moment
+LIMIT_S = 0.4  # no product begins after that, and none that would take a tenth of it
 
 
 def peak_flops(device: torch.device, precision: Precision, tflops: float | None = None) -> float:
@@ -52,17 +56,45 @@ def peak_flops(device: torch.device, precision: Precision, tflops: float | None 
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a bare square matrix product, the best of several. Draws no random numbers."""
-    size = MATRIX_SIZE[device.type]
-    left = torch.linspace(-1, 1, size * size, device=device).reshape(size, size).to(dtype)
-    best = float("inf")
-    for _ in range(REPEATS):
-        _synchronize(device)
-        began = time.perf_counter()
-        torch.mm(left, left)
-        _synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+    """Operations a second of a bare square matrix product. Draws no random numbers.
+
+    The best of several, because what else a machine does makes a product slower and never faster, and a peak that is
+    too low shows as an MFU above 1. On a CPU of several sizes, by one thread and by all: on busy cores threads wait for
+    each other, and some types have no fast product of large matrices.
+    """
+    threads = torch.get_num_threads()
+    counts = [1, threads] if device.type == "cpu" and threads > 1 else [threads]
+    turns = list(product(counts, _matrices(device, dtype), range(REPEATS)))
+    best, end = 0.0, time.perf_counter() + LIMIT_S
+    try:
+        for number in range(ROUNDS):
+            if number:
+                time.sleep(PAUSE_S)
+            for count, matrix, _ in turns:
+                flops = 2 * len(matrix) ** 3
+                if best and (time.perf_counter() > end or flops / best > LIMIT_S / 10):
+                    continue
+                torch.set_num_threads(count)
+                best = max(best, flops / _seconds(matrix))
+    finally:
+        torch.set_num_threads(threads)
+    return best
+
+
+def _matrices(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    return [
+        torch.linspace(-1, 1, size * size, device=device).reshape(size, size).to(dtype)
+        for size in MATRIX_SIZES[device.type]
+    ]
+
+
+def _seconds(matrix: Tensor) -> float:
+    """Time of its product with itself."""
+    _synchronize(matrix.device)
+    began = time.perf_counter()
+    torch.mm(matrix, matrix)
+    _synchronize(matrix.device)
+    return time.perf_counter() - began
 
 
 def memory_bytes(device: torch.device) -> tuple[int, int]:

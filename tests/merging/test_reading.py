@@ -1,15 +1,39 @@
-"""Promise: values are the same whether they come past the page cache, through it, or partly so."""
+"""Promises: values are the same whether they come past the page cache, through it, or partly so; models may have more
+files than a process may open."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from keye_train.merging import reading
-from keye_train.merging.reading import Buffers, ExportReader
+from keye_train.merging import merge, reading
+from keye_train.merging.reading import Buffers, ExportReader, open_files_each
+from keye_train.settings import MergeSettings, SettingsError
+
+DESCRIPTORS = Path("/proc/self/fd")
+
+
+@contextmanager
+def may_open(count: int) -> Iterator[None]:
+    """Let this process open ``count`` files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def open_now(folder: Path) -> int:
+    """Descriptors of this process that stand for files in a folder."""
+    return sum(link.is_symlink() and link.readlink().is_relative_to(folder) for link in DESCRIPTORS.iterdir())
 
 
 @pytest.mark.parametrize("disk", ["past the page cache", "refused when opened", "refused when read", "in two parts"])
@@ -40,3 +64,53 @@ def test_fetched_values(
             assert torch.equal(found, whole[begin:end])
     reader.close()
     assert (sum(n_read) > 0) == (disk in ("past the page cache", "in two parts"))
+
+
+class TestLimitOfOpenFiles:
+    def test_threads_read_right_values_from_more_files_than_stay_open(
+        self, export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(reading, "DIRECT_BYTES", 4000)  # some pieces past the page cache, some through it
+        values = {f"t{n:02d}": torch.arange(1500) + 10_000 * n for n in range(24)}
+        reader = ExportReader(export("model", values, shards=12))
+        reader.files.limit = 3
+        buffers = Buffers()
+
+        def right(turn: int) -> bool:
+            name, count = f"t{turn * 7 % 24:02d}", (20, 1500)[turn % 2]
+            found = reader.files.fetch(reader.places[name], 0, count, buffers, 0)
+            reader.files.expect(reader.places[name], 0, count)
+            return torch.equal(found, values[name][:count])
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(right, range(600)))
+        assert 1 <= open_now(reader.folder) <= 3
+        reader.close()
+        assert open_now(reader.folder) == 0
+
+    def test_a_merge_of_more_files_than_the_process_may_open(
+        self, export: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(reading, "DIRECT_BYTES", 1)
+        draw = torch.Generator().manual_seed(0)
+        models = [{f"t{n:03d}": torch.randn(50, generator=draw) for n in range(120)} for _ in range(2)]
+        folders = [str(export(f"m{number}", tensors, shards=120)) for number, tensors in enumerate(models)]
+        allowed = 2 * len(list(DESCRIPTORS.iterdir())) + 60
+        assert allowed < 240, "the test needs more files than that"
+        with may_open(allowed):
+            out = merge(MergeSettings(models=folders, out=str(tmp_path / "out")), progress=False)
+        merged = load_file(out / "model.safetensors")
+        for name, first in models[0].items():
+            assert torch.equal(merged[name], ((first.double() + models[1][name].double()) / 2).float())
+
+    def test_a_limit_below_one_file_for_each_model_is_named_before_anything_is_written(
+        self, export: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        folders = [str(export("m", {"w": torch.ones(3)}))] * 40
+        with may_open(128), pytest.raises(SettingsError, match=r"128.*ulimit -n 160"):
+            merge(MergeSettings(models=folders, out=str(tmp_path / "out")), progress=False)
+        assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+    def test_half_of_the_limit_is_left_for_everything_else(self) -> None:
+        with may_open(1024):
+            assert open_files_each(4) == 128
