@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.results import Result
-from keye_train.merging.streaming import PlannedTensor, ShardFile
+from keye_train.merging.shard_file import PlannedTensor, ShardFile
 from keye_train.runs import write_json_atomic
 
 MODELS = ("a", "b", "c")

@@ -11,7 +11,7 @@ import torch
 from keye_train.merging.compatibility import Difference, MergeError, compare, unequal, value_problems
 from keye_train.merging.methods import AVERAGED_DTYPES
 from keye_train.merging.reading import ExportReader
-from keye_train.merging.streaming import PlannedTensor
+from keye_train.merging.shard_file import PlannedTensor
 from keye_train.merging.ties import drop_doubles, untie
 
 

@@ -27,8 +27,9 @@ from keye_train.merging.input_hashes import InputHashes
 from keye_train.merging.output import check_room, partial_output
 from keye_train.merging.reading import ExportReader
 from keye_train.merging.rules import check_patterns, model_weights
+from keye_train.merging.shard_file import PlannedTensor
 from keye_train.merging.sources import last_checkpoints, opened
-from keye_train.merging.streaming import PlannedTensor, plan_shards, write_index
+from keye_train.merging.streaming import plan_shards, write_index
 from keye_train.merging.weights import merge_weights
 from keye_train.runs import MANIFEST, commit, file_sha256, read_json, versions, write_json_atomic
 from keye_train.settings import MergeMethod, MergeSettings, SettingsError

@@ -21,24 +21,9 @@ import torch
 from torch import Tensor
 
 from keye_train.merging.methods import BLOCK
-from keye_train.merging.places import ExportError, TensorPlace, tensor_places
-from keye_train.merging.reading import PIECE_ELEMENTS, Buffers, ExportReader, Files
-from keye_train.merging.shard_file import PlannedTensor, ShardFile
+from keye_train.merging.reading import PIECE_ELEMENTS, Buffers
+from keye_train.merging.shard_file import PlannedTensor
 from keye_train.runs import WEIGHTS, WEIGHTS_INDEX
-
-__all__ = [
-    "PIECE_ELEMENTS",
-    "ExportError",
-    "ExportReader",
-    "Files",
-    "PlannedTensor",
-    "ShardFile",
-    "TensorPlace",
-    "Workers",
-    "plan_shards",
-    "tensor_places",
-    "write_index",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from keye_train.merging.merge import tensors_digest
 from keye_train.merging.methods import AVERAGED_DTYPES, all_finite
 from keye_train.merging.places import ExportError, TensorPlace, tensor_places
 from keye_train.merging.reading import PIECE_ELEMENTS, Files
-from keye_train.merging.streaming import PlannedTensor
+from keye_train.merging.shard_file import PlannedTensor
 from keye_train.runs import MANIFEST, WEIGHTS_INDEX, file_sha256, read_json
 from keye_train.settings import SettingsError
 

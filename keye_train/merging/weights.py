@@ -18,7 +18,8 @@ from keye_train.merging.input_hashes import InputHashes
 from keye_train.merging.methods import BLOCK, scan_values
 from keye_train.merging.reading import ExportReader
 from keye_train.merging.rules import CopyRule, LinearRule, Rule, rule_for, tensor_weights
-from keye_train.merging.streaming import PlannedTensor, ShardFile, Workers
+from keye_train.merging.shard_file import PlannedTensor, ShardFile
+from keye_train.merging.streaming import Workers
 from keye_train.settings import MergeSettings
 from keye_train.settings.merge_methods import METHODS
 

@@ -65,7 +65,7 @@ class MergeSettings:
     run's export."""
     max_shard_bytes: int = 5_000_000_000
     threads: int = 0
-    """Threads that read, average and write; 0: twice the processors. Fewer run where more would not fit in
+    """Threads that read and average; 0: twice the processors. Fewer run where more would not fit in
     512 MiB. The result has the same bits for any number."""
     hash_inputs: bool = True
     """Put the SHA-256 of every input into the manifest. false saves that of weights, other than those of checkpoints,

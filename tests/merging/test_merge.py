@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from keye_train.merging import MergeError, deltas, geometry, merge, rules, streaming
-from keye_train.merging.streaming import tensor_places
+from keye_train.merging.places import tensor_places
 from keye_train.merging.verify import verify
 from keye_train.runs import file_sha256
 from keye_train.settings import MergeMethod, MergeSettings, SettingsError
