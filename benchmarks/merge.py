@@ -32,7 +32,7 @@ import torch
 
 from benchmarks.results import Result
 from keye_train.merging.shard_file import PlannedTensor, ShardFile
-from keye_train.runs import write_json_atomic
+from keye_train.runs import sync, write_json_atomic
 
 MODELS = ("a", "b", "c")
 FOLDER = Path("runs/benchmark_merge")
@@ -97,7 +97,8 @@ def measure(folder: Path, mergekit: Path | None, dtype: str, only: Sequence[str]
         started = time.perf_counter()
         usage = _run(command, environment)
         ended = time.perf_counter()
-        _sync(folder / "out")
+        for file in (folder / "out").glob("*.safetensors"):
+            sync(file)  # nothing is left to do where its writer did
         row = {"rival": name, "dtype": dtype, "seconds": round(time.perf_counter() - started, 2)}
         row |= {"sync_s": round(time.perf_counter() - ended, 2), "cpu_s": round(usage[0], 2)}
         row |= {"peak_mib": usage[1] // 1024}
@@ -106,14 +107,6 @@ def measure(folder: Path, mergekit: Path | None, dtype: str, only: Sequence[str]
         print(row, flush=True)
     shutil.rmtree(folder / "out", ignore_errors=True)
     (folder / "copied").unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    """Wait until the result is on the disk; nothing is left to do where its writer did."""
-    for file in folder.glob("*.safetensors"):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def _ours(folder: Path, dtype: str) -> list[str]:
