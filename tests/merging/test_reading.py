@@ -92,11 +92,12 @@ class TestLimitOfOpenFiles:
         self, export: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(reading, "DIRECT_BYTES", 1)
-        draw = torch.Generator().manual_seed(0)
-        models = [{f"t{n:03d}": torch.randn(50, generator=draw) for n in range(120)} for _ in range(2)]
-        folders = [str(export(f"m{number}", tensors, shards=120)) for number, tensors in enumerate(models)]
+        # This process may have many files of other tests open: the models have as many as it may open in all.
         allowed = 2 * len(list(DESCRIPTORS.iterdir())) + 60
-        assert allowed < 240, "the test needs more files than that"
+        shards = allowed // 2
+        draw = torch.Generator().manual_seed(0)
+        models = [{f"t{n:03d}": torch.randn(50, generator=draw) for n in range(shards)} for _ in range(2)]
+        folders = [str(export(f"m{number}", tensors, shards=shards)) for number, tensors in enumerate(models)]
         with may_open(allowed):
             out = merge(MergeSettings(models=folders, out=str(tmp_path / "out")), progress=False)
         merged = load_file(out / "model.safetensors")
