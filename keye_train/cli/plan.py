@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
 
         found = forecast(settings)
         wrong = problems(found, settings.cluster)
-        changes = remedies(settings) if wrong else []
+        changes = remedies(settings, found) if wrong else []
         if len(words) < len(argv):
             json.dump(values(found, settings, wrong, changes), sys.stdout, indent=2)
             print()

@@ -23,6 +23,7 @@ class Forecast:
     """What ``keye-train plan`` says."""
 
     counts: ParameterCounts
+    activations: Activations
     device: DeviceMemory
     host: HostMemory
     step: Workload
@@ -58,16 +59,19 @@ def forecast(settings: ForecastSettings) -> Forecast:
     Raises:
         SettingsError, ValueError: recipe and data do not fit each other.
     """
-    return _forecast(settings, settings.cluster, trace(settings), workload(settings, settings.cluster.ranks))
+    step = workload(settings, settings.cluster.ranks)
+    return _forecast(settings, settings.cluster, parameter_counts(settings), trace(settings), step)
 
 
-def _forecast(settings: TrainSettings, cluster: ClusterSettings, activations: Activations, step: Workload) -> Forecast:
-    counts = parameter_counts(settings)
+def _forecast(
+    settings: TrainSettings, cluster: ClusterSettings, counts: ParameterCounts, activations: Activations, step: Workload
+) -> Forecast:
     micro_steps = settings.gradient_accumulation(cluster.ranks)
     average = 4 if settings.stage.optimizer.ema_decay else 0
     checkpoint_bytes = float((CHECKPOINT_BYTES + average) * counts.learning)
     return Forecast(
         counts=counts,
+        activations=activations,
         device=device_memory(settings, counts, activations, step.fullest, cluster.ranks, micro_steps),
         host=host_memory(settings, counts, cluster.ranks, cluster.ranks_per_node),
         step=step,
@@ -97,11 +101,14 @@ def problems(found: Forecast, cluster: ClusterSettings) -> list[str]:
     return listed
 
 
-def remedies(settings: ForecastSettings) -> list[Change]:
-    """Changes that make the run fit, the least costly first; each stands for itself."""
-    cluster = settings.cluster
-    traced = trace(settings)
-    step = workload(settings, cluster.ranks)
+def remedies(settings: ForecastSettings, found: Forecast) -> list[Change]:
+    """Changes that make the run fit, the least costly first; each stands for itself.
+
+    Args:
+        settings: of the run.
+        found: its forecast. No change touches the model or what of it learns, so its counts hold for all of them.
+    """
+    step = found.step
     fitting = []
     for overrides, changed in _candidates(settings):
         try:
@@ -112,7 +119,7 @@ def remedies(settings: ForecastSettings) -> list[Change]:
         share = changed.stage.max_tokens / settings.stage.max_tokens
         smaller = type(shape)(int(shape.tokens * share), int(shape.patches * share), int(shape.labelled * share))
         fuller = Workload(**{**vars(step), "fullest": smaller})
-        result = _forecast(changed, changed.cluster, traced, fuller)
+        result = _forecast(changed, changed.cluster, found.counts, found.activations, fuller)
         if not problems(result, changed.cluster):
             fitting.append(Change(overrides, result.device.total))
     return fitting

@@ -78,10 +78,11 @@ def test_what_does_not_fit_is_refused_and_what_is_offered_fits(capsys: pytest.Ca
     words = [*MODEL, "stage=2_multitask", "stage.activation_checkpointing=none", "cluster=h100", "deepspeed=zero1"]
     words += ["cluster.device_memory_gb=0.8", "cluster.reserved_gb=0.1", "stage.global_batch_packs=64"]
     recipe = compose.load_settings(ForecastSettings, "forecast", words)
-    wrong = problems(forecast(recipe), recipe.cluster)
+    found = forecast(recipe)
+    wrong = problems(found, recipe.cluster)
     assert len(wrong) == 1
     assert "cluster.device_memory_gb=0.8" in wrong[0]
-    offered = remedies(recipe)
+    offered = remedies(recipe, found)
     assert "stage.activation_checkpointing=full" in [change.overrides for change in offered]
     for change in offered:
         better = compose.load_settings(ForecastSettings, "forecast", [*words, *change.overrides.split()])
@@ -97,10 +98,10 @@ def test_what_does_not_fit_is_refused_and_what_is_offered_fits(capsys: pytest.Ca
 
 def test_a_copy_for_the_checkpoint_counts_on_the_host() -> None:
     recipe = settings("stage=2_multitask", "cluster.host_memory_gb=0.5")
-    counts = forecast(recipe).counts
-    assert forecast(recipe).host.checkpoint == 12 * counts.learning
-    assert problems(forecast(recipe), recipe.cluster)
-    assert "checkpoint.background=false" in [change.overrides for change in remedies(recipe)]
+    found = forecast(recipe)
+    assert found.host.checkpoint == 12 * found.counts.learning
+    assert problems(found, recipe.cluster)
+    assert "checkpoint.background=false" in [change.overrides for change in remedies(recipe, found)]
 
 
 def test_zero_stages_and_ranks_share_the_state_as_they_should() -> None:
@@ -109,8 +110,9 @@ def test_zero_stages_and_ranks_share_the_state_as_they_should() -> None:
     for zero in (1, 2, 3):
         changed = deepcopy(base)
         changed.deepspeed.zero_stage = zero
-        parts[zero] = forecast(changed).device
-    counts = forecast(base).counts
+        found = forecast(changed)
+        parts[zero] = found.device
+    counts = found.counts
     assert parts[1].gradients == 4 * counts.learning
     assert parts[2].gradients == counts.learning  # of four ranks
     assert parts[2].weights == 2 * counts.total + counts.learning
