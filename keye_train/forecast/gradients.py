@@ -17,7 +17,7 @@ REDUCED_AT_ONCE = 500_000_000
 """Elements of one all-reduce at stage 0: ``MEMORY_OPT_ALLREDUCE_SIZE`` of DeepSpeed's engine."""
 
 UPDATED_AT_ONCE = 1_000_000_000
-"""Elements, over all ranks, of one update at stage 3: DeepSpeed's default of ``sub_group_size``."""
+"""Elements of one rank in one update at stage 3: DeepSpeed's default of ``sub_group_size``."""
 
 NORM_BYTES = 8
 """Norms are taken of a copy in float64, one tensor after the other (``get_norm_dtype``)."""
@@ -129,7 +129,7 @@ def _sharded_weights(
     partition = 4.0 * counts.learning / ranks
     if moment is not Moment.update:
         return GradientMemory(partition, 0.0, bucket + copy)
-    group = min(counts.largest_group, UPDATED_AT_ONCE) / ranks
+    group = min(counts.largest_group / ranks, UPDATED_AT_ONCE)
     return GradientMemory(partition, max(NORM_BYTES * counts.largest_learning / ranks, 4.0 * group), bucket)
 
 

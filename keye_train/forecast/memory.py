@@ -138,9 +138,9 @@ def host_memory(settings: TrainSettings, counts: ParameterCounts, ranks: int, ra
     width = 2 if ds.precision == Precision.bf16 else 4
     of_rank = 0.0
     average = 4 if settings.stage.optimizer.ema_decay else 0
-    if ds.offload_optimizer:  # masters, moments, gradients
-        of_rank += (4 + 8 + 4 + average) * counts.learning / ranks
-    if ds.offload_parameters:
+    if ds.offload_optimizer:  # masters, moments, and gradients twice: their sum, and what AdamW is given
+        of_rank += (4 + 8 + 2 * 4 + average) * counts.learning / ranks
+    if ds.offload_parameters and ds.nvme_path is None:
         of_rank += width * counts.total / ranks
     copied = (12 + average) * counts.learning / ranks if settings.checkpoint.background else 0.0
     return HostMemory(4.0 * counts.total * ranks_per_node, of_rank * ranks_per_node, copied * ranks_per_node)
@@ -181,14 +181,14 @@ def layer_workspace(activations: Activations, pack: PackShape, checkpointing: Ac
 def _gathered(settings: TrainSettings, counts: ParameterCounts, width: int, ranks: int) -> float:
     """Weights beside those that a rank owns.
 
+    With autocast the copies in 16 bits that the forward makes and the backward needs, of whole weights at every stage.
     At stage 3 the largest layer and the one before it, or, where that is more, the layers that DeepSpeed keeps over the
     turn from forward to backward because they are used again within :data:`REUSED_WITHIN` elements
     (``__params_to_release``): each of them counts on the way there and on the way back. And what is fetched ahead.
     """
     ds = settings.deepspeed
-    if ds.precision == Precision.bf16_autocast:
-        return 2.0 * counts.total  # copies that the forward makes and the backward needs
+    cast = 2.0 * counts.read if ds.precision == Precision.bf16_autocast else 0.0
     if ds.zero_stage != 3 or (ranks == 1 and not ds.offload_parameters):  # a single rank works on its own partition
-        return 0.0
+        return cast
     kept = max(REUSED_WITHIN // 2, 2 * counts.largest)
-    return width * float(min(counts.read, kept + ds.bucket_elements))
+    return cast + width * float(min(counts.read, kept + ds.bucket_elements))

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from keye_train.data.cost import training_cost
+from keye_train.data.cost import PackCost, config_cost, training_cost
 from keye_train.data.plan import GlobalBatch, Plan, assign
 from keye_train.forecast.activations import PackShape
 from keye_train.model import keye_config
 from keye_train.model.flops import TOWERS, FlopCoefficients
-from keye_train.settings import Objective, TrainSettings
+from keye_train.model.positions import PATCH_SIZE
+from keye_train.settings import ActivationCheckpointing, Objective, TrainSettings
 
 PLANNED_BATCHES = 4
 """Global batches that are planned: thousands of packs for a large run."""
 
 ASSUMED_SAMPLE_TOKENS = 1670
 ASSUMED_IMAGE_PATCHES = 4096
-"""Ours: where no index tells, packs are full of samples of this length, each with such an image where patches allow."""
+"""Ours: where no index tells, packs are full of samples of about this length, each with such an image where patches
+allow. A pair of Stage 0 has an image of the tower's own grid."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Workload:
     patches: float
     shard_bytes: float | None  # read from the shards; None: no index tells
     flops: float  # forward and backward of all packs
+    recomputed: float  # operations that activation checkpointing adds to these
     balance: float  # mean over slowest rank, of the micro-steps
     fullest: PackShape
 
@@ -59,19 +63,25 @@ def planned(settings: TrainSettings, plan: Plan, ranks: int) -> Workload:
     packs = [pack for batch in batches for pack in batch.packs]
     tokens, patches = (np.array([getattr(pack, name) for pack in packs]) for name in ("tokens", "patches"))
     count = len(batches)
+    drawn: dict[int, list[int]] = {}
+    for pack in packs:
+        for sample in pack.samples:
+            drawn.setdefault(sample.source, []).append(sample.row)
+    again = recomputed_cost(settings)
     labelled = [_labelled(settings, *sizes) for sizes in zip(tokens.tolist(), patches.tolist(), strict=True)]
-    sample_bytes = [
-        sum(header.shard_bytes for header in plan.source(number).headers) / max(1, len(plan.source(number)))
-        for number in range(len(plan.sources))
-    ]
-    drawn = [sample.source for pack in packs for sample in pack.samples]
+    shard_bytes = recomputed = 0.0
+    for number, rows in drawn.items():
+        source = plan.source(number)
+        shard_bytes += len(rows) * sum(header.shard_bytes for header in source.headers) / len(source)
+        recomputed += float(again(source.look(np.array(rows)).sizes).sum())
     return Workload(
         origin=f"the first {count} global batches of the plan",
-        samples=len(drawn) / count,
+        samples=sum(map(len, drawn.values())) / count,
         tokens=float(tokens.sum()) / count,
         patches=float(patches.sum()) / count,
-        shard_bytes=sum(sample_bytes[source] for source in drawn) / count,
+        shard_bytes=shard_bytes / count,
         flops=(sum(pack.cost for pack in packs) + _labelled_flops(settings) * sum(labelled)) / count,
+        recomputed=recomputed / count,
         balance=float(np.mean([_balance(batch, ranks) for batch in batches])),
         fullest=PackShape(int(tokens.max()), int(patches.max()), max(labelled)),
     )
@@ -79,27 +89,54 @@ def planned(settings: TrainSettings, plan: Plan, ranks: int) -> Workload:
 
 def assumed(settings: TrainSettings, why: str) -> Workload:
     """Full packs of equal samples."""
-    stage = settings.stage
-    tokens = min(stage.max_tokens, ASSUMED_SAMPLE_TOKENS)
-    samples = max(1, stage.max_tokens // tokens)
-    patches = min(stage.max_patches, ASSUMED_IMAGE_PATCHES * samples, _room_for_patches(settings))
-    cost = training_cost(settings)
-    per_sample = patches / samples
-    full = stage.max_tokens
-    flops = cost.token * full + cost.token_squared * full * full / samples
-    flops += cost.patch * patches + cost.patch_squared * patches * per_sample
-    labelled = _labelled(settings, full, patches)
+    stage, model = settings.stage, settings.model
+    if stage.objective == Objective.contrastive:
+        image = max(4, (model.vision.image_size // PATCH_SIZE) ** 2)
+        samples = max(1, min(stage.max_tokens // model.text_tower.max_tokens, stage.max_patches // image))
+        tokens, patches = samples * model.text_tower.max_tokens, min(stage.max_patches, samples * image)
+    else:
+        samples, tokens = max(1, stage.max_tokens // ASSUMED_SAMPLE_TOKENS), stage.max_tokens
+        patches = min(stage.max_patches, ASSUMED_IMAGE_PATCHES * samples, _room_for_patches(settings))
+
+    def operations(cost: PackCost) -> float:
+        per_token = cost.token + cost.token_squared * tokens / samples
+        return per_token * tokens + (cost.patch + cost.patch_squared * patches / samples) * patches
+
+    labelled = _labelled(settings, tokens, patches)
     packs = stage.global_batch_packs
     return Workload(
-        origin=f"no index ({why}): full packs of samples of {tokens:,} tokens are assumed",
+        origin=f"no index ({why}): full packs are assumed, each of {samples} equal samples",
         samples=float(samples * packs),
-        tokens=float(full * packs),
+        tokens=float(tokens * packs),
         patches=float(patches * packs),
         shard_bytes=None,
-        flops=(flops + _labelled_flops(settings) * labelled) * packs,
+        flops=(operations(config_cost(settings)) + _labelled_flops(settings) * labelled) * packs,
+        recomputed=operations(recomputed_cost(settings)) * packs,
         balance=1.0,
-        fullest=PackShape(full, min(stage.max_patches, _room_for_patches(settings)), labelled),
+        fullest=PackShape(stage.max_tokens, min(stage.max_patches, _room_for_patches(settings)), labelled),
     )
+
+
+def recomputed_cost(settings: TrainSettings) -> PackCost:
+    """Operations that activation checkpointing adds: another forward of every layer that a gradient passes through, of
+    ``selective`` without its attention. A tower that does not learn and has nothing below it that does is left out.
+    """
+    stage = settings.stage
+    if stage.activation_checkpointing == ActivationCheckpointing.none:
+        return PackCost(0.0, 0.0, 0.0, 0.0)
+    pairs = float(stage.activation_checkpointing == ActivationCheckpointing.full)
+    if stage.objective == Objective.language:
+        forward, vision = FlopCoefficients.of(keye_config(settings.model)), float("vision" in stage.trainable)
+        half_pair = pairs * forward.language_pair / 2
+        patch, patch_pair = vision * forward.tower_patch, vision * pairs * forward.vision_pair
+        return PackCost(forward.language_token + half_pair, half_pair, patch, patch_pair)
+    # Stage 0: towers learn, and have twice their forward in the backward, or have none. Captions are short: their pairs
+    # are counted with their tokens.
+    frozen = deepcopy(settings)
+    frozen.stage.trainable = []
+    both, forward_only = asdict(config_cost(settings)), asdict(config_cost(frozen))
+    half = {name: (value - forward_only[name]) / 2 for name, value in both.items()}
+    return PackCost(**half | {"patch_squared": pairs * half["patch_squared"]})
 
 
 def _room_for_patches(settings: TrainSettings) -> int:

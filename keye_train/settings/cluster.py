@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from keye_train.settings.basics import SettingsError
 from keye_train.settings.training import TrainSettings
 
+MAY_BE_0 = ("reserved_gb", "overlap")
+
 
 @dataclass
 class ClusterSettings:
@@ -29,11 +31,13 @@ class ClusterSettings:
     node_gb_per_s: float = 5.0
     """From one device to the others of its node."""
     network_gb_per_s: float = 1.0
-    """From one device to other nodes."""
+    """From one device to other nodes, by a port of its own: a ring over nodes has all ports of a node."""
     overlap: float = 0.8
     """Share of the communication that runs beside computation where ``deepspeed.overlap_comm`` is on."""
     host_memory_gb: float = 16.0
     """Of one node."""
+    host_memory_gb_per_s: float = 20.0
+    """Of the host memory of one node: bounds an optimizer that lives there."""
     host_link_gb_per_s: float = 10.0
     """Between one device and its host."""
     storage_gb_per_s: float = 0.4
@@ -55,14 +59,11 @@ class ForecastSettings(TrainSettings):
         """Raise SettingsError for values that cannot work together."""
         super().check()
         for name, value in vars(self.cluster).items():
-            if isinstance(value, int | float) and value < 0:
-                raise SettingsError(f"cluster.{name}={value} must not be negative")
-        for name in ("nodes", "ranks_per_node", "peak_tflops", "efficiency", "memory_gb_per_s", "node_gb_per_s"):
-            if getattr(self.cluster, name) <= 0:
-                raise SettingsError(f"cluster.{name}={getattr(self.cluster, name)} must be above 0")
-        for name in ("network_gb_per_s", "host_link_gb_per_s", "storage_gb_per_s", "device_memory_gb"):
-            if getattr(self.cluster, name) <= 0:
-                raise SettingsError(f"cluster.{name}={getattr(self.cluster, name)} must be above 0")
+            if isinstance(value, str) or value > 0 or (value == 0 and name in MAY_BE_0):
+                continue
+            raise SettingsError(
+                f"cluster.{name}={value} must " + ("not be negative" if name in MAY_BE_0 else "be above 0")
+            )
         if self.cluster.efficiency > 1 or self.cluster.overlap > 1:
             raise SettingsError("cluster.efficiency and cluster.overlap are shares: at most 1")
         self.gradient_accumulation(self.cluster.ranks)

@@ -80,7 +80,7 @@ class GuardSettings:
     spike: SpikeSettings = field(default_factory=SpikeSettings)
     watchdog: WatchdogSettings = field(default_factory=WatchdogSettings)
     heartbeat_s: float = 10.0
-    """RUN/heartbeats/rank-N.json is at most this old while a rank lives; 0: none is written."""
+    """RUN/heartbeats/rank-N.json is written anew this often while a rank lives; 0: never."""
     straggler_every_steps: int = 50
     """Every so many steps the slowest rank of each phase stands in the log and in the metrics; 0: never."""
     recorded_steps: int = 64

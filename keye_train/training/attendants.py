@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Attendants:
     monitor: Monitor
     recorder: FlightRecorder
     watchdog: Watchdog
+    _open: ExitStack
 
     @classmethod
     def open(cls, learner: Learner, encoder: SampleEncoder, recipe: dict[str, Any]) -> Attendants:
@@ -47,14 +49,19 @@ class Attendants:
         settings, world, step = learner.settings, learner.world, learner.state.step
         run_dir, guards = Path(settings.run_dir), settings.guards
         stage = settings.stage
-        monitor = Monitor(run_dir, settings.logging, world.is_main, step, stage.steps, stage.name, recipe)
-        ledger = Ledger(run_dir, world.rank, world.size, step)
         position = PlanState.from_json(learner.state.data)
         leave_out = left_out_reasons(read_spikes(run_dir))
-        loader = Loader(learner.plan, encoder, world.rank, world.size, settings, position, leave_out)
-        recorder = FlightRecorder(run_dir, world.rank, guards.recorded_steps)
-        watchdog = Watchdog(run_dir, guards, settings.deepspeed.timeout_minutes, world, loader)
-        return cls(loader, ledger, monitor, recorder, watchdog)
+        with ExitStack() as opened:  # what is open is closed where the next cannot be opened
+            recorder = FlightRecorder(run_dir, world.rank, guards.recorded_steps)
+            opened.callback(recorder.close)
+            monitor = Monitor(run_dir, settings.logging, world.is_main, step, stage.steps, stage.name, recipe)
+            opened.callback(monitor.close)
+            ledger = Ledger(run_dir, world.rank, world.size, step)
+            opened.callback(ledger.close)
+            loader = Loader(learner.plan, encoder, world.rank, world.size, settings, position, leave_out)
+            opened.callback(loader.close)
+            watchdog = Watchdog(run_dir, guards, settings.deepspeed.timeout_minutes, world, loader)
+            return cls(loader, ledger, monitor, recorder, watchdog, opened.pop_all())
 
     def note(
         self, learner: Learner, data: StepData, counts: Counts, outcome: Outcome, row: dict[str, Any] | None
@@ -88,8 +95,5 @@ class Attendants:
             logger.info("step %d: %s", step, describe_straggler(slowest_ranks(counts.extra)))
 
     def close(self) -> None:
-        """Close all but the watchdog, which also watches over the export."""
-        self.loader.close()
-        self.ledger.close()
-        self.monitor.close()
-        self.recorder.close()
+        """Close all but the watchdog, which also watches over the export; each of them, whatever the others do."""
+        self._open.close()

@@ -73,7 +73,7 @@ class Learner:
         self._guard = NonFiniteGuard(settings.guards.non_finite, self.state.refused_in_a_row, self.state.refused_total)
         self.spikes = SpikeGuard(settings.guards.spike, world, self.state.spikes)
         self._counter = BatchCounter(plan.sources, objective, self.stage.loss_weighting)
-        self.metrics = StepMetrics(settings, world, plan.sources, objective, plan.cost)
+        self.metrics = StepMetrics(settings, world, plan.sources, objective)
         self.clock = StepClock(world.device)
         self.on_losses: OnLosses | None = None
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from keye_train.data.cost import PackCost
+from keye_train.data.cost import config_cost
 from keye_train.data.loader import StepData
 from keye_train.model.configuration import keye_config
 from keye_train.model.flops import FlopCoefficients
@@ -33,19 +33,13 @@ class StepMetrics:
         world: all ranks.
         sources: names, in the order of the source numbers.
         objective: names the sums that it gives besides the losses.
-        cost: what packs cost, see ``data.cost``.
     """
 
     def __init__(
-        self,
-        settings: TrainSettings,
-        world: World,
-        sources: tuple[str, ...],
-        objective: TrainingObjective,
-        cost: PackCost,
+        self, settings: TrainSettings, world: World, sources: tuple[str, ...], objective: TrainingObjective
     ) -> None:
         self._settings, self._stage, self._world, self._sources = settings, settings.stage, world, sources
-        self._cost = cost
+        self._cost = config_cost(settings)  # operations, also where packs are balanced by measured times
         self._labelled_flops = 0.0  # the contrastive objective's cost has its labels in its tokens
         if self._stage.objective == Objective.language:
             flops = FlopCoefficients.of(keye_config(settings.model)).for_training(self._stage.trainable)

@@ -40,10 +40,12 @@ class RunLock:
         self._path = run_dir / LOCK
         self._file: BinaryIO | None = None
         try:
-            alone = self._take(fcntl.LOCK_EX, patience_s) if world.is_main else None
+            alone = None
+            if world.is_main:  # it steps down from exclusive to shared without a gap, and before the others ask
+                alone = self._take(fcntl.LOCK_EX, patience_s) or self._take(fcntl.LOCK_SH, patience_s)
             world.require_all(alone, f"waiting for {run_dir}")
-            # Rank 0 steps down from exclusive to shared without a gap.
-            world.require_all(self._take(fcntl.LOCK_SH, patience_s), f"sharing {self._path}")
+            others = None if world.is_main else self._take(fcntl.LOCK_SH, patience_s)
+            world.require_all(others, f"sharing {self._path}")
         except BaseException:
             self.release()
             raise

@@ -186,6 +186,7 @@ def _train_until(
             except (RollBack, SpikeError, NonFiniteError):  # what the run did about the step
                 if not last:
                     raise
+            learner.clock.end_step()  # nobody reads the times here, but a GPU's events would pile up
             if last:
                 return learner.metrics.losses(counts), _by_sample(learner, losses)
             learner.advance(data)

@@ -83,7 +83,7 @@ class Watchdog:
         self._beat = heartbeat_path(run_dir, world.rank)
         self._beats = run_dir / runs.HEARTBEATS
         self._now = (SAVE, 0, time.monotonic())  # one assignment: the thread never sees half of it
-        self._last_beat = 0.0
+        self._next_beat = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -103,10 +103,14 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        watched = self._guards.watchdog
-        while not self._ended.wait(min(watched.poll_s, self._guards.heartbeat_s or watched.poll_s)):
-            if self._guards.heartbeat_s and time.monotonic() - self._last_beat >= self._guards.heartbeat_s:
+        watched, beat_s = self._guards.watchdog, self._guards.heartbeat_s
+        while True:
+            if beat_s and time.monotonic() >= self._next_beat:
+                self._next_beat = time.monotonic() + beat_s
                 self._write_heartbeat()
+            due_s = self._next_beat - time.monotonic() if beat_s else watched.poll_s
+            if self._ended.wait(min(watched.poll_s, max(due_s, 0.0))):
+                return
             if not watched.enabled:
                 continue
             faulthandler.dump_traceback_later(DEAF_S + 10 * watched.poll_s, exit=True)
@@ -133,7 +137,6 @@ class Watchdog:
             aside.replace(self._beat)
         except OSError as error:
             logger.warning("no heartbeat: %s", error)
-        self._last_beat = time.monotonic()
 
     def _open(self, phase: str, step: int, waited_s: float) -> Path:
         """Open a report, or find the one that another rank has opened a moment ago."""

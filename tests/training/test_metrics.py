@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,17 @@ class TestPeak:
             assert device.measured_flops(torch.device("cpu"), torch.float32) == 2 * 64**3 / 0.002
             assert not timings
         assert torch.get_num_threads() == threads
+
+    def test_time_in_which_others_have_the_core_does_not_count(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        product = torch.mm
+
+        def interrupted(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.02)  # as the scheduler would have it
+            return product(left, right)
+
+        monkeypatch.setattr(torch, "mm", interrupted)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        assert device._seconds(torch.zeros(8, 8)) < 0.02
 
     def test_products_that_take_too_long_are_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """At 10 MFLOP/s the product of 512 x 512 takes 27 s, that of 256 x 256 an eighth of it."""
