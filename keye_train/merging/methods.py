@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from keye_train.merging.buffers import Buffers
+
 AVERAGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Tensors of these types are averaged; all others (integers, booleans, float64) must be equal in all models."""
 
@@ -26,7 +28,21 @@ BLOCK = 1 << 17
 """Values handled at a time: small enough for the caches. Sums over a tensor are sums over its blocks, whatever the
 size of the pieces in which it is read."""
 
-_BITS: dict[torch.dtype, Any] = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.uint16}
+STRIDE = 2 * BLOCK
+"""Values of one operation, where those of a result do not depend on each other: threads hand the interpreter to each
+other at every operation, and shorter ones wait for it longer than they take."""
+
+SORTED = 1 << 15
+"""Values of each model that are sorted at a time: the one step whose memory grows with the number of models."""
+
+_SCRATCH = Buffers()
+_TOTAL, _PART, _CONVERTED, _MAGNITUDE = range(4)  # its slots
+
+_BITS: dict[torch.dtype, tuple[torch.dtype, Any]] = {
+    torch.float32: (torch.int32, np.uint32),
+    torch.bfloat16: (torch.int16, np.uint16),
+    torch.float16: (torch.int16, np.uint16),
+}
 _FRACTION_BITS: dict[torch.dtype, Any] = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
 _BIAS = {torch.float32: 127, torch.bfloat16: 127, torch.float16: 15}
 _FLOAT64_BITS = 53
@@ -49,57 +65,80 @@ def average(tensors: Sequence[Tensor], weights: Sequence[float] | None, dtype: t
     """
     weights = [1.0] * len(tensors) if weights is None else weights
     out = torch.empty(tensors[0].shape, dtype=dtype)
-    flat = out.view(-1)
-    for begin in range(0, flat.numel(), BLOCK):
-        blocks = [tensor.view(-1)[begin : begin + BLOCK] for tensor in tensors]
-        _, exact = scan_values(blocks)
-        total = weighted_sum(blocks, weights, exact)
-        flat[begin : begin + BLOCK] = round_once(divide(total, weights), dtype)
+    combine(out.view(-1), [tensor.view(-1) for tensor in tensors], weights, mean=True)
     return out
 
 
-def divide(total: Tensor, weights: Sequence[float]) -> Tensor:
-    """Divide a weighted sum, in place, by the sum of its weights.
+def combine(out: Tensor, values: Sequence[Tensor], weights: Sequence[float], mean: bool) -> bool:
+    """Write sum_i w_i x_i, with ``mean`` divided by sum_i w_i, into ``out``, rounded once to its type.
 
     Dividing the sum, instead of adding x_i * (w_i / sum w), keeps the mean of K equal values exact.
+
+    Args:
+        out: [N] of one of ``AVERAGED_DTYPES``.
+        values: K tensors [N] of ``AVERAGED_DTYPES``, contiguous, on the CPU. Those of weight 0 only have to be finite.
+        weights: K numbers, not all 0.
+        mean: their sum is then not 0.
+
+    Returns:
+        Whether all values are finite, and the result.
     """
-    whole = sum(sorted(weights))
-    return total if whole == 1 else total.div_(whole)
+    # Adding 0 * x would turn -0.0 into 0.0.
+    used = [i for i, weight in enumerate(weights) if weight]
+    shares = [weights[i] for i in used]
+    whole = sum(sorted(shares)) if mean else 1.0
+    all_are_finite = True
+    for begin in range(0, out.numel(), STRIDE):
+        parts = [value[begin : begin + STRIDE] for value in values]
+        finite, exact = scan_values(parts)
+        all_are_finite &= finite
+        total = _SCRATCH.take(_TOTAL, parts[0].numel(), torch.float64)
+        weighted_sum([parts[i] for i in used], shares, exact, total)
+        if whole != 1:
+            total.div_(whole)
+        round_into(out[begin : begin + STRIDE], total)
+    return all_are_finite and all_finite(out)
 
 
-def weighted_sum(values: Sequence[Tensor], weights: Sequence[float], exact: bool) -> Tensor:
-    """sum_i w_i * x_i in float64 (a new tensor), the same for every order of the pairs.
+def weighted_sum(values: Sequence[Tensor], weights: Sequence[float], exact: bool, into: Tensor | None = None) -> Tensor:
+    """sum_i w_i * x_i in float64, the same for every order of the pairs.
 
     Values of one weight are added first, weights ascend. Sums that float64 has to round are taken in the order of the
     values' size, element by element.
 
     Args:
-        values: K tensors of one shape.
+        values: K tensors [N] of any type.
         weights: K finite numbers.
         exact: sums of the values are exact in float64 (``scan_values``).
+        into: [N] float64, for the sum; None: memory of its own.
     """
     groups: dict[float, list[Tensor]] = {}
     for value, weight in zip(values, weights, strict=True):
         groups.setdefault(weight, []).append(value)
-    total: Tensor | None = None
-    for weight in sorted(groups):
-        part = _plain_sum(groups[weight], exact)
+    total = torch.empty(values[0].shape, dtype=torch.float64) if into is None else into
+    # The sum starts with the first term, not with 0: 0 + (-0.0) would lose the sign of a zero.
+    for number, weight in enumerate(sorted(groups)):
+        part = _SCRATCH.take(_PART, total.numel(), torch.float64) if number else total
+        _plain_sum(groups[weight], exact, part)
         if weight != 1:
             part.mul_(weight)
-        # The sum starts with the first term, not with 0: 0 + (-0.0) would lose the sign of a zero.
-        total = part if total is None else total.add_(part)
-    assert total is not None, "nothing to add"
+        if number:
+            total.add_(part)
     return total
 
 
-def _plain_sum(values: Sequence[Tensor], exact: bool) -> Tensor:
+def _plain_sum(values: Sequence[Tensor], exact: bool, into: Tensor) -> None:
     if not exact and len(values) > 2:  # the sum of two does not depend on their order
-        values = list(torch.sort(torch.stack([value.double() for value in values]), dim=0).values)
-    total = values[0].to(torch.float64, copy=True)
+        for begin in range(0, into.numel(), SORTED):
+            doubles = torch.stack([value[begin : begin + SORTED].double() for value in values])
+            _plain_sum(list(torch.sort(doubles, dim=0).values), True, into[begin : begin + SORTED])
+        return
+    into.copy_(values[0])
     for value in values[1:]:
-        # Converted first: torch adds unlike types at half the speed.
-        total.add_(value.double())
-    return total
+        if value.dtype != torch.float64:
+            # Converted first: torch adds unlike types at half the speed.
+            value = _SCRATCH.take(_CONVERTED, into.numel(), torch.float64).copy_(value)
+        into.add_(value)
 
 
 def scan_values(tensors: Sequence[Tensor], terms: int | None = None) -> tuple[bool, bool]:
@@ -109,7 +148,7 @@ def scan_values(tensors: Sequence[Tensor], terms: int | None = None) -> tuple[bo
     ``terms`` times the largest needs at most 53 of these bits.
 
     Args:
-        tensors: K tensors of ``AVERAGED_DTYPES``, contiguous, on the CPU.
+        tensors: K tensors [N] of ``AVERAGED_DTYPES``, contiguous, on the CPU.
         terms: None: K, one value of each.
     """
     terms = len(tensors) if terms is None else terms
@@ -117,18 +156,18 @@ def scan_values(tensors: Sequence[Tensor], terms: int | None = None) -> tuple[bo
     for tensor in tensors:
         if not tensor.numel():
             continue
-        kind, fraction, bias = _BITS[tensor.dtype], _FRACTION_BITS[tensor.dtype], _BIAS[tensor.dtype]
-        bits = tensor.view(torch.int32 if kind is np.uint32 else torch.int16).numpy().view(kind)
-        magnitude = np.bitwise_and(bits, kind(np.iinfo(kind).max >> 1))
-        largest = int(magnitude.max())
-        if largest >> fraction == (1 << (kind().itemsize * 8 - 1 - fraction)) - 1:  # the exponent of inf and NaN
+        signed, unsigned = _BITS[tensor.dtype]
+        fraction, bias = _FRACTION_BITS[tensor.dtype], _BIAS[tensor.dtype]
+        magnitude = _SCRATCH.take(_MAGNITUDE, tensor.numel(), signed)
+        torch.bitwise_and(tensor.view(signed), torch.iinfo(signed).max, out=magnitude)
+        smallest, largest = (int(one) for one in torch.aminmax(magnitude))
+        if largest >> fraction == (1 << (8 * signed.itemsize - 1 - fraction)) - 1:  # the exponent of inf and NaN
             return False, False
         if largest == 0:
             continue
-        smallest = int(magnitude.min())
         if smallest == 0:
-            np.subtract(magnitude, kind(1), out=magnitude)  # a zero becomes the largest number, so it does not count
-            smallest = int(magnitude.min()) + 1
+            # A zero becomes the largest number, so it does not count.
+            smallest = int(magnitude.sub_(1).numpy().view(unsigned).min()) + 1
         highest = max(highest, max(largest >> fraction, 1) - bias + 1)
         lowest = min(lowest, max(smallest >> fraction, 1) - bias - fraction)
     return True, highest - lowest + (terms - 1).bit_length() <= _FLOAT64_BITS
@@ -137,7 +176,7 @@ def scan_values(tensors: Sequence[Tensor], terms: int | None = None) -> tuple[bo
 def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite; of a contiguous tensor of ``AVERAGED_DTYPES`` on the CPU."""
     # Such a value makes the sum such a value. So does a sum that float32 cannot hold: then the values are looked at.
-    return math.isfinite(tensor.sum(dtype=torch.float32).item()) or scan_values([tensor])[0]
+    return math.isfinite(tensor.sum(dtype=torch.float32).item()) or scan_values([tensor.view(-1)])[0]
 
 
 def round_into(out: Tensor, values: Tensor) -> None:

@@ -15,12 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from keye_train.merging.buffers import ALIGNMENT, Buffers
 from keye_train.merging.methods import AVERAGED_DTYPES
 from keye_train.merging.places import ExportError, TensorPlace, tensor_places
 from keye_train.settings import SettingsError
-
-ALIGNMENT = 4096
-"""Of memory, place and length in a transfer past the page cache; a multiple of the block of every disk in use."""
 
 DIRECT_BYTES = 1 << 20
 """Pieces from which on reading past the page cache pays: it has no read-ahead."""
@@ -162,25 +160,6 @@ def _read_direct(descriptor: int, into: Tensor, at: int) -> int:
         if error.errno != errno.EINVAL:
             raise
         return 0
-
-
-class Buffers(threading.local):
-    """Memory of one thread, by slot, that grows to what was asked for and is used again."""
-
-    def __init__(self) -> None:
-        self._memory: dict[int, Tensor] = {}
-
-    def take(self, slot: int, count: int, dtype: torch.dtype) -> Tensor:
-        """[count] of ``dtype``; what the slot gave before is overwritten."""
-        return self.take_aligned(slot, count * dtype.itemsize).view(dtype)
-
-    def take_aligned(self, slot: int, n_bytes: int) -> Tensor:
-        """[n_bytes] uint8 as ``take`` gives it; its address is a multiple of ALIGNMENT."""
-        memory = self._memory.get(slot)
-        if memory is None or memory.numel() < n_bytes:
-            memory = torch.empty(n_bytes + ALIGNMENT, dtype=torch.uint8)
-            memory = self._memory[slot] = memory[-memory.data_ptr() % ALIGNMENT :]
-        return memory[:n_bytes]
 
 
 class ExportReader:

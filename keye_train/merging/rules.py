@@ -22,7 +22,7 @@ from keye_train.merging.geometry import (
     stock_ratio,
     total_products,
 )
-from keye_train.merging.methods import BLOCK, all_finite, divide, round_into, scan_values, weighted_sum
+from keye_train.merging.methods import combine
 from keye_train.settings import MergeMethod, MergeSettings, SettingsError
 from keye_train.settings.merging import TIES_DENSITY
 
@@ -50,17 +50,7 @@ class LinearRule:
 
     def __call__(self, pieces: Sequence[Tensor], begin: int, out: Tensor) -> bool:
         """As a ``Rule``."""
-        used = [i for i, weight in enumerate(self.weights) if weight]
-        weights = [self.weights[i] for i in used]
-        for start in range(0, out.numel(), BLOCK):
-            blocks = [piece[start : start + BLOCK] for piece in pieces]
-            finite, exact = scan_values(blocks)
-            if not finite:
-                return False
-            # Adding 0 * x would turn -0.0 into 0.0.
-            total = weighted_sum([blocks[i] for i in used], weights, exact)
-            round_into(out[start : start + BLOCK], divide(total, weights) if self.mean else total)
-        return all_finite(out)
+        return combine(out, pieces, self.weights, self.mean)
 
 
 @dataclass(frozen=True)

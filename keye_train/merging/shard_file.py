@@ -25,8 +25,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from keye_train.merging.buffers import ALIGNMENT
 from keye_train.merging.places import DTYPE_NAMES
-from keye_train.merging.reading import ALIGNMENT
 
 CHUNK_BYTES = 8 << 20
 """Written at a time: long enough for the disk to be at its full speed."""

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,8 +21,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from keye_train.merging.methods import BLOCK
-from keye_train.merging.reading import PIECE_ELEMENTS, Buffers
+from keye_train.merging.buffers import Buffers
+from keye_train.merging.methods import BLOCK, SORTED, STRIDE
+from keye_train.merging.reading import PIECE_ELEMENTS
 from keye_train.merging.shard_file import PlannedTensor
 from keye_train.runs import WEIGHTS, WEIGHTS_INDEX
 
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BUDGET_BYTES = 512 << 20  # for the values under way in all threads together
+ENOUGH = 8
+"""Threads that keep a disk busy."""
 
 
 def plan_shards(tensors: Sequence[PlannedTensor], max_shard_bytes: int) -> dict[str, list[PlannedTensor]]:
@@ -70,17 +74,20 @@ def thread_bytes(models: int, has_base: bool, itemsize: int, blocks: int) -> int
     # Inputs; two results, one made and one that waits to be written; the magnitudes while a result is checked.
     n_bytes = piece * itemsize * (models + 3)
     if not has_base:
-        # Float64 of one block: values that have to be sorted are stacked, sorted and numbered; the rest is rounding.
-        return n_bytes + BLOCK * 8 * (3 * models + 8)
+        # Float64: values that have to be sorted are stacked, sorted and numbered; sums, and their rounding.
+        return n_bytes + SORTED * 8 * 3 * models + min(STRIDE, piece) * 8 * 8
     # Deltas and masks besides; TIES' sizes of a piece, and its histograms: two being made, one that waits.
     n_bytes += BLOCK * 8 * (4 * models + models // 4 + 8) + piece * (4 * models + 40)
     return n_bytes + 3 * models * (1 << 16) * 8
 
 
 def _fitting(threads: int, models: int, has_base: bool, itemsize: int) -> tuple[int, int]:
-    """Threads, and blocks of a piece: as many, and as large, as fit in BUDGET_BYTES; at least one of each."""
+    """Threads, and blocks of a piece: as many, and as large, as fit in BUDGET_BYTES; at least one of each.
+
+    Pieces are made smaller for ENOUGH threads, not for more: the disk takes small ones slowly.
+    """
     blocks = max(1, PIECE_ELEMENTS // BLOCK)
-    while blocks > 1 and threads * thread_bytes(models, has_base, itemsize, blocks) > BUDGET_BYTES:
+    while blocks > 1 and min(threads, ENOUGH) * thread_bytes(models, has_base, itemsize, blocks) > BUDGET_BYTES:
         blocks //= 2
     return max(1, min(threads, BUDGET_BYTES // thread_bytes(models, has_base, itemsize, blocks))), blocks
 
@@ -89,15 +96,16 @@ class Workers:
     """Threads that work on pieces; use as a context manager.
 
     Args:
-        threads: how many; 0: twice the processors, so that some compute while others wait for the disk. Fewer run where
-            so many would not fit in BUDGET_BYTES.
+        threads: how many; 0: three times the processors, so that some compute while others wait for the disk. Fewer
+            run where so many would not fit in BUDGET_BYTES.
         models: pieces that one piece of work reads, that of the base included.
         has_base: deltas to a base are formed.
         itemsize: largest of the types of these pieces, in bytes.
     """
 
     def __init__(self, threads: int, models: int, has_base: bool = False, itemsize: int = 4) -> None:
-        wanted = threads or 2 * len(os.sched_getaffinity(0))
+        processors = len(os.sched_getaffinity(0))
+        wanted = threads or 3 * processors
         self.threads, blocks = _fitting(wanted, models, has_base, itemsize)
         if self.threads < wanted:
             log = logger.warning if threads else logger.info
@@ -109,6 +117,8 @@ class Workers:
         """Memory for results: taken by a worker, given back by who used the result."""
         for _ in range(2 * self.threads + 1):
             self.outputs.put(torch.empty(0, dtype=torch.uint8))
+        self.computing = threading.BoundedSemaphore(min(self.threads, processors))
+        """Held while values are computed: more threads than processors would only take turns at the interpreter."""
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="merge")
 
     def in_order(self, tasks: Iterable[Callable[[], T]], give_up: Callable[[], None] | None = None) -> Generator[T]:

@@ -127,9 +127,10 @@ class _ShardJob:
 
         def task(begin: int, count: int) -> Any:
             pieces = self._read(share, begin, count)
-            if not scan_values(pieces)[0]:
-                raise _Refused
-            return look(pieces, begin)
+            with self.workers.computing:
+                if not scan_values(pieces)[0]:
+                    raise _Refused
+                return look(pieces, begin)
 
         return self.workers.in_order(partial(task, begin, count) for begin, count in self._pieces(share.planned))
 
@@ -148,7 +149,9 @@ class _ShardJob:
         if memory.numel() < count * dtype.itemsize:
             memory = torch.empty(self.workers.piece_elements * dtype.itemsize, dtype=torch.uint8)
         out = memory[: count * dtype.itemsize].view(dtype)
-        return memory, out if rule(pieces, begin, out) else None
+        with self.workers.computing:
+            fits = rule(pieces, begin, out)
+        return memory, out if fits else None
 
     def _read(self, share: Share, begin: int, count: int) -> list[Tensor]:
         pieces = []

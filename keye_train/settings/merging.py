@@ -65,7 +65,7 @@ class MergeSettings:
     run's export."""
     max_shard_bytes: int = 5_000_000_000
     threads: int = 0
-    """Threads that read and average; 0: twice the processors. Fewer run where more would not fit in
+    """Threads that read and average; 0: three times the processors. Fewer run where more would not fit in
     512 MiB. The result has the same bits for any number."""
     hash_inputs: bool = True
     """Put the SHA-256 of every input into the manifest. false saves that of weights, other than those of checkpoints,
@@ -93,7 +93,7 @@ class MergeSettings:
         if unknown := sorted(set(self.allow) - set(ALLOWED_DIFFERENCES)):
             raise SettingsError(f"allow={unknown[0]}: choose among {', '.join(ALLOWED_DIFFERENCES)}")
         if self.threads < 0:
-            raise SettingsError(f"threads={self.threads}: use 0 (twice the processors) or a number of threads")
+            raise SettingsError(f"threads={self.threads}: use 0 (three times the processors) or a number of threads")
         if self.max_shard_bytes < 1:
             raise SettingsError(f"max_shard_bytes={self.max_shard_bytes}: use a positive size")
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from keye_train.merging import MergeError, deltas, geometry, merge, rules, streaming
+from keye_train.merging import MergeError, deltas, geometry, merge, methods, streaming
 from keye_train.merging.places import tensor_places
 from keye_train.merging.verify import verify
 from keye_train.runs import file_sha256
@@ -79,9 +79,10 @@ class TestResult:
     def test_tensors_larger_than_a_piece(self, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folders = [export(f"m{i}", tensors_of(i)) for i in range(2)]
         whole = loaded(run(folders, tmp_path / "whole"))
-        for module in (streaming, rules, deltas, geometry):
+        for module in (streaming, deltas, geometry):
             monkeypatch.setattr(module, "BLOCK", 8)
-        monkeypatch.setattr(streaming, "PIECE_ELEMENTS", 8)
+        monkeypatch.setattr(methods, "STRIDE", 16)
+        monkeypatch.setattr(streaming, "PIECE_ELEMENTS", 24)
         pieces = loaded(run(folders, tmp_path / "pieces"))
         assert all(torch.equal(whole[name], pieces[name]) for name in whole)
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from keye_train.merging import methods
 from keye_train.merging.methods import AVERAGED_DTYPES, average, round_once
 
 dtypes = st.sampled_from(AVERAGED_DTYPES)
@@ -54,6 +55,19 @@ def test_order_does_not_matter(tensors: list[Tensor], data: st.DataObject) -> No
     shuffled = [tensors[i] for i in order]
     assert same_bits(average(tensors, None, dtype), average(shuffled, None, dtype))
     assert same_bits(average(tensors, weights, dtype), average(shuffled, [weights[i] for i in order], dtype))
+
+
+@pytest.mark.parametrize("weights", [None, [2.0, 1.0, 2.0, 1.0, 2.0]])
+def test_neither_strides_nor_what_is_sorted_at_a_time_change_a_bit(
+    weights: list[float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    sizes = 10.0 ** torch.randint(-30, 30, (5, 1000), generator=draw)  # float64 does not hold their sums
+    tensors = list(torch.randn(5, 1000, generator=draw) * sizes)
+    whole = average(tensors, weights, torch.float32)
+    monkeypatch.setattr(methods, "STRIDE", 48)
+    monkeypatch.setattr(methods, "SORTED", 7)
+    assert same_bits(average(tensors, weights, torch.float32), whole)
 
 
 @settings(max_examples=100, deadline=None)

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from keye_train.merging import merge, reading
-from keye_train.merging.reading import Buffers, ExportReader, open_files_each
+from keye_train.merging.buffers import Buffers
+from keye_train.merging.reading import ExportReader, open_files_each
 from keye_train.settings import MergeSettings, SettingsError
 
 DESCRIPTORS = Path("/proc/self/fd")
