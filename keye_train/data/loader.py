@@ -145,6 +145,10 @@ class PackReader:
             changed=sum(task.fit != WHOLE for task in whole),
         )
 
+    def close(self) -> None:
+        """Close the shards."""
+        self._shards.close()
+
     def _encode(
         self,
         task: ReadTask,
@@ -282,10 +286,11 @@ class Loader:
             self._pool.kill()
 
     def close(self) -> None:
-        """End the readers."""
+        """End the readers, and close the shards that are read in this process."""
         self._ahead.clear()
         if self._pool is not None:
             self._pool.close()
+        self._read.close()
 
     def __enter__(self) -> Loader:
         return self

@@ -259,6 +259,17 @@ def test_closing_ends_the_readers_at_once(toy_sources: Sources, tokenizer_dir: P
     assert time.monotonic() - start < 10
 
 
+def test_closing_closes_the_shards(toy_sources: Sources, tokenizer_dir: Path) -> None:
+    def open_shards() -> set[str]:
+        return {file.path for file in psutil.Process().open_files() if ".tar" in file.path}
+
+    before = open_shards()
+    with make_loader(toy_settings(toy_sources, tokenizer_dir, workers=0)) as loader:
+        next(loader)
+        assert open_shards() > before
+    assert open_shards() == before
+
+
 def test_readers_do_not_hear_ctrl_c(toy_sources: Sources, tokenizer_dir: Path) -> None:
     with make_loader(toy_settings(toy_sources, tokenizer_dir, workers=1)) as loader:
         first = next(loader)
