@@ -14,7 +14,8 @@ from keye_train.forecast.parameters import ParameterCounts
 from keye_train.settings import Precision, TrainSettings
 
 REDUCED_AT_ONCE = 500_000_000
-"""Elements of one all-reduce at stage 0: ``MEMORY_OPT_ALLREDUCE_SIZE`` of DeepSpeed's engine."""
+"""Elements of one all-reduce at stage 0, and with bf16 at stage 1: ``MEMORY_OPT_ALLREDUCE_SIZE`` of DeepSpeed's engine,
+which begins another one when a tensor has exceeded them."""
 
 UPDATED_AT_ONCE = 1_000_000_000
 """Elements of one rank in one update at stage 3: DeepSpeed's default of ``sub_group_size``."""
@@ -64,10 +65,12 @@ def _sharded_optimizer(
     moment: Moment, settings: TrainSettings, counts: ParameterCounts, ranks: int, micro_steps: int
 ) -> GradientMemory:
     """Stage 1: 4 L as at stage 0, at the end copied through a bucket into this rank's partition, 4 L / N
-    (``copy_grads_in_partition``; with bf16 ``_build_compact_grad_partition_buffer``): after the last backward, or with
-    ``overlap_comm`` while it runs. The bucket is float32 with bf16 too (``_gradient_reduction_buffer_dtype``), and is
-    kept from the first gradient of a step to the last."""
+    (``copy_grads_in_partition``; where bf16 is offloaded ``_build_compact_grad_partition_buffer``): after the last
+    backward, or with ``overlap_comm`` while it runs. The bucket is float32 with bf16 too
+    (``_gradient_reduction_buffer_dtype``), and is kept from the first gradient of a step to the last."""
     ds = settings.deepspeed
+    if ds.precision == Precision.bf16 and not ds.offload_optimizer:
+        return _sharded_optimizer_in_bf16(moment, counts, micro_steps)
     partition = 0.0 if ds.offload_optimizer else 4.0 * counts.learning / ranks
     buckets, copy = _contiguous_buckets(settings, counts, 4, ranks)
     if moment is Moment.update:
@@ -76,6 +79,25 @@ def _sharded_optimizer(
     if moment is Moment.loss:
         return GradientMemory(summed, 0.0, buckets if micro_steps > 1 else 0.0)
     return GradientMemory(summed, partition if ds.overlap_comm else 0.0, buckets + (copy if ds.overlap_comm else 0.0))
+
+
+def _sharded_optimizer_in_bf16(moment: Moment, counts: ParameterCounts, micro_steps: int) -> GradientMemory:
+    """Stage 1 with bf16 is a class of its own (``bf16_optimizer.BF16_Optimizer``): a flat sum in float32, 4 L on every
+    rank, for good, and gradients in 16 bits, 2 L, from the end of the first backward to the update.
+
+    The groups of the optimizer are reduced whole, as many as exceed :data:`REDUCED_AT_ONCE` at a time: several are
+    copied into one tensor, and that once more in 16 bits (``allreduce_bucket``).
+    """
+    summed, own = 4.0 * counts.learning, 2.0 * counts.learning
+    if moment is not Moment.update:
+        return GradientMemory(summed, own if micro_steps > 1 else 0.0, 0.0)
+    copied, together = [4 * counts.largest_learning], []
+    for sizes in counts.groups:
+        together.append(sum(sizes))
+        copied.append(sum(together) * (2 + 4 * (len(together) > 1)))
+        if sum(together) > REDUCED_AT_ONCE:
+            together = []
+    return GradientMemory(summed, own + max(copied), 0.0)
 
 
 def _sharded_gradients(

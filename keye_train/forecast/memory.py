@@ -12,8 +12,9 @@ ZeRO stage  weights                             sum of gradients               o
 3           w A / N + 4 L / N of masters        4 L / N                        8 L / N
 ==========  ==================================  =============================  ============================
 
-What comes beside the sum of gradients, and when, has its own module (``forecast.gradients``). A moving average of the
-weights adds 4 L / N (stage 0: 4 L) to the optimizer. At stage 3 layers are gathered while they run.
+With bf16 stage 1 keeps its gradients in 16 bits too. What comes beside the sum of gradients, and when, has its own
+module (``forecast.gradients``). A moving average of the weights adds 4 L / N (stage 0: 4 L) to the optimizer. At
+stage 3 layers are gathered while they run.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ twice (``allreduce_and_scatter``), and in 16 bits with bf16.
 ZeRO stage  bytes                                                      beside
 ==========  =========================================================  ==============================
 0           8 L: all-reduce of the float32 gradient                    nothing
-1           2 w L: all-reduce                                          the last micro-batch's backward
+1           2 w L: all-reduce                                          the last backward; with bf16 nothing
 2           2 w L m: all-reduce in each micro-batch                    every backward
 1 and 2     w L: new weights are gathered                              nothing
 3           (2 w A + w L) m: weights gathered twice, reduce-scatter    all computation
@@ -70,7 +70,7 @@ def _exposed_s(
     width = 2 if ds.precision == Precision.bf16 else 4
     passes, behind, beside_s = {
         0: (0.0, 8.0 * learning, 0.0),
-        1: (2.0 * width * learning, width * learning, BACKWARD * compute_s / micro_steps),
+        1: (2.0 * width * learning, width * learning, 0.0 if width == 2 else BACKWARD * compute_s / micro_steps),
         2: (2.0 * width * learning * micro_steps, width * learning, BACKWARD * compute_s),
         3: (width * (2.0 * counts.total + learning) * micro_steps, 0.0, compute_s),
     }[ds.zero_stage]
