@@ -1,7 +1,8 @@
 """Processes that read packs ahead of the training.
 
 Each reader process has a pipe and a socket of its own and no other tie to this process: a task goes in, a pack comes
-out, laid out in memory that both have mapped (``transport``). A reader can be ended at any moment without harm.
+out, laid out in memory that both have mapped (``transport``). A reader can be ended at any moment without harm. All are
+forked from one process that has imported what they run (``reader_server``).
 
 A reader that a sample ends (see ``limits``) is replaced, and its pack read again without that sample. What else ends a
 reader, and what ``read`` raises, stops the run.
@@ -10,16 +11,13 @@ reader, and what ``read`` raises, stops the run.
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import signal
 import threading
 import traceback
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
@@ -27,9 +25,10 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
+from keye_train.data import reader_server
 from keye_train.data.limits import OF_THE_SAMPLE, DecodeLimits, DecodeWatch, Progress
 from keye_train.data.memory import keep_freed_memory
-from keye_train.data.stacks import STACK_SIGNAL, StackFile
+from keye_train.data.stacks import StackFile
 from keye_train.data.transport import Receiver, Sender
 
 log = logging.getLogger(__name__)
@@ -40,8 +39,6 @@ Task_contra = TypeVar("Task_contra", contravariant=True)
 Result_co = TypeVar("Result_co", covariant=True)
 
 JOIN_SECONDS = 10.0
-DEAF_TO = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, STACK_SIGNAL}
-"""Blocked in a reader from its first instruction on; ``STACK_SIGNAL`` until it can answer."""
 LOOK_SECONDS = 1.0
 """How often the clock of a sample is looked at."""
 
@@ -165,13 +162,22 @@ class _ReaderProcess:
     def __init__(self, read: Read[Any, Any], limits: DecodeLimits, slot_bytes: int, number: int) -> None:
         self._limits, self._progress, self._stacks = limits, Progress(), StackFile()
         self._task: Any = None
-        context = multiprocessing.get_context("spawn")  # fork is not safe next to the threads of torch and NCCL
+        context = reader_server.context()
         their_tasks, self._tasks = context.Pipe(duplex=False)
         results, their_results = context.Pipe(duplex=True)  # a socket, over which descriptors travel, too
         self._results = Receiver(results)
         self._process = context.Process(
             target=_serve,
-            args=(read, limits, slot_bytes, self._progress, self._stacks, their_tasks, their_results),
+            args=(
+                dict(os.environ),
+                read,
+                limits,
+                slot_bytes,
+                self._progress,
+                self._stacks,
+                their_tasks,
+                their_results,
+            ),
             name=f"reader-{number}",
             daemon=True,
         )
@@ -235,21 +241,14 @@ class _ReaderProcess:
 
 
 def _start(read: Read[Any, Any], limits: DecodeLimits, slot_bytes: int, processes: int) -> list[_ReaderProcess]:
-    """Start readers that are deaf to SIGINT, SIGTERM and SIGUSR1: the trainer decides when they end.
-
-    All three reach them past the trainer, from a terminal and from launchers that signal the whole process group,
-    while it still needs the packs of its last step. A blocked signal stays blocked in a started process from its first
-    instruction on.
-    """
-    resource_tracker.ensure_running()  # every start makes sure that it runs, and starting it unblocks the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)
-    try:
+    """Start readers; they hear no signal that is meant for the trainer."""
+    reader_server.prepare(type(read).__module__)
+    with reader_server.deaf():
         return [_ReaderProcess(read, limits, slot_bytes, number) for number in range(processes)]
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(
+    environment: Mapping[str, str],
     read: Read[Any, Any],
     limits: DecodeLimits,
     slot_bytes: int,
@@ -259,6 +258,7 @@ def _serve(
     results: Connection,
 ) -> None:
     """Life of a reader process: until the other side closes the pipe, also by dying."""
+    reader_server.take_environment(environment)
     stacks.answer_signals()
     torch.set_num_threads(1)  # readers are parallel by process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

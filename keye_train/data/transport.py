@@ -64,7 +64,7 @@ class Sender:
         descriptor = self._descriptors.pop(number, None)
         self._connection.send((number, None if descriptor is None else self._size, data, places))
         if descriptor is not None:
-            send_handle(self._connection, descriptor, os.getppid())
+            send_handle(self._connection, descriptor, 0)  # the number of a process matters on Windows only
             os.close(descriptor)
 
     def _open(self) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from keye_train import runs
-from keye_train.data.loader import StepData
+from keye_train.data import reader_server
+from keye_train.data.loader import PackReader, StepData
 from keye_train.settings import TrainSettings
 from keye_train.training import build, checkpoint, distributed, export, manifest
 from keye_train.training.attendants import Attendants
@@ -53,6 +54,8 @@ def train(settings: TrainSettings) -> int:
     run_dir = Path(settings.run_dir)
     if _is_finished(settings):  # without joining the ranks, which takes seconds
         return 0
+    if settings.data.workers:
+        reader_server.prepare(PackReader.__module__)  # imports while this process builds the model
     stop_request = StopRequest()
     world = distributed.start(settings.deepspeed.timeout_minutes)
     lock = RunLock(run_dir, world)

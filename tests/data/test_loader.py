@@ -238,12 +238,13 @@ def test_a_shard_that_changed_behind_its_index_stops_the_run(
 
 
 def readers() -> list[psutil.Process]:
-    """Reader processes of this process; the tracker of shared resources is not one."""
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        if "spawn_main" in " ".join(child.cmdline()):
-            found.append(child)
-    return found
+    """Reader processes of this process."""
+    return [reader for server in reader_servers() for reader in server.children()]
+
+
+def reader_servers() -> list[psutil.Process]:
+    """What they are forked from; the tracker of shared resources is not one."""
+    return [child for child in psutil.Process().children() if "forkserver" in " ".join(child.cmdline())]
 
 
 def test_closing_ends_the_readers_at_once(toy_sources: Sources, tokenizer_dir: Path) -> None:
@@ -252,6 +253,11 @@ def test_closing_ends_the_readers_at_once(toy_sources: Sources, tokenizer_dir: P
     processes = readers()
     assert len(processes) == 2
     assert all(process.num_threads() < 12 for process in processes)
+    (server,) = reader_servers()
+    # It may be forked: what runs beside its first thread are those of libraries that take care of a fork.
+    names = [Path(f"/proc/{server.pid}/task/{thread.id}/comm").read_text().strip() for thread in server.threads()]
+    of_openblas = 0 if server.environ().get("OMP_NUM_THREADS") == "1" else len(os.sched_getaffinity(0)) - 1
+    assert len([name for name in names if name != "jemalloc_bg_thd"]) <= 1 + of_openblas
     start = time.monotonic()
     loader.close()
     _, alive = psutil.wait_procs(processes, timeout=10)

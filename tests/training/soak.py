@@ -142,12 +142,13 @@ class Soak:
         parts["launcher"].append(launcher)
         try:
             parts["rank"] = launcher.children()
-            parts["reader"] = [
+            servers = [
                 child
                 for rank in parts["rank"]
                 for child in rank.children()
-                if any("spawn_main" in word for word in child.cmdline())
+                if any("forkserver" in word for word in child.cmdline())
             ]
+            parts["reader"] = [reader for server in servers for reader in server.children()]
         except psutil.NoSuchProcess:
             pass
         return parts
