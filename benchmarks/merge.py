@@ -6,13 +6,14 @@
 
     pip install --target /tmp/other --no-deps mergekit immutables      # never a dependency of ours
     python -m benchmarks.merge prepare --folder /tmp/bench --gb 2.1    # three random models
-    python -m benchmarks.merge measure --folder /tmp/bench --mergekit /tmp/other
+    python -m benchmarks.merge measure --folder /tmp/bench --mergekit /tmp/other --inputs disk cached
     python -m benchmarks.merge report --folder /tmp/bench
 
 Three models of one architecture in bfloat16, one file each, values of the size of weights. Every measurement is a
-process of its own and starts with the inputs dropped from the page cache, and ends when the result is on the disk:
-copying and ours sync what they wrote, for mergekit it is done here ("of it sync, s"). The rivals take turns.
-``measure`` may be called several times: the report takes the median of all.
+process of its own. It starts with the inputs dropped from the page cache ("disk"), or in it ("cached"), as those of
+models that were just trained are; and ends when the result is on the disk: copying and ours sync what they wrote, for
+mergekit it is done here ("of it sync, s"). The rivals take turns. ``measure`` may be called several times: the report
+takes the median of all.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from keye_train.merging.shard_file import PlannedTensor, ShardFile
 from keye_train.runs import sync, write_json_atomic
 
 MODELS = ("a", "b", "c")
+INPUTS = ("disk", "cached")
 FOLDER = Path("runs/benchmark_merge")
 """On the disk that runs are on: a folder for temporary files may be in memory."""
 HIDDEN, INTERMEDIATE, VOCABULARY = 1536, 6144, 32000
@@ -79,8 +81,8 @@ def prepare(folder: Path, gigabytes: float) -> None:
     print(f"{layers} layers, {(folder / 'a' / 'model.safetensors').stat().st_size:,} bytes each")
 
 
-def measure(folder: Path, mergekit: Path | None, dtype: str, only: Sequence[str]) -> None:
-    """One turn of every rival; rows are added to FOLDER/rows.jsonl."""
+def measure(folder: Path, mergekit: Path | None, dtype: str, inputs: str, only: Sequence[str]) -> None:
+    """One turn of every rival with inputs "disk" or "cached"; rows are added to FOLDER/rows.jsonl."""
     rivals: dict[str, tuple[list[str], dict[str, str]]] = {
         "copy": (["sh", "-c", _copy_script(folder, dtype)], {}),
         "keye-merge": (_ours(folder, dtype), {}),
@@ -93,13 +95,13 @@ def measure(folder: Path, mergekit: Path | None, dtype: str, only: Sequence[str]
             continue
         shutil.rmtree(folder / "out", ignore_errors=True)
         (folder / "copied").unlink(missing_ok=True)
-        _forget(folder)
+        _settle(folder, inputs == "cached")
         started = time.perf_counter()
         usage = _run(command, environment)
         ended = time.perf_counter()
         for file in (folder / "out").glob("*.safetensors"):
             sync(file)  # nothing is left to do where its writer did
-        row = {"rival": name, "dtype": dtype, "seconds": round(time.perf_counter() - started, 2)}
+        row = {"rival": name, "dtype": dtype, "inputs": inputs, "seconds": round(time.perf_counter() - started, 2)}
         row |= {"sync_s": round(time.perf_counter() - ended, 2), "cpu_s": round(usage[0], 2)}
         row |= {"peak_mib": usage[1] // 1024}
         with (folder / "rows.jsonl").open("a", encoding="utf-8") as rows:
@@ -138,12 +140,16 @@ def _copy_script(folder: Path, dtype: str) -> str:
     return f"cat {a} {b} > /dev/null && cp {c} {out} && sync {out}"
 
 
-def _forget(folder: Path) -> None:
-    """Drop the inputs from the page cache, and wait until earlier results are on the disk."""
+def _settle(folder: Path, cached: bool) -> None:
+    """Wait until earlier results are on the disk; then have the inputs in the page cache, or not."""
     os.sync()
     for model in MODELS:
         descriptor = os.open(folder / model / "model.safetensors", os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        if cached:
+            while os.read(descriptor, 1 << 24):
+                pass
+        else:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
 
@@ -165,8 +171,8 @@ def report(folder: Path) -> None:
     n_bytes = (folder / "a" / "model.safetensors").stat().st_size
     about = __doc__.split("\n\n")[-1].replace("\n", " ") if __doc__ else ""
     result = Result("merge", f"{about} Each model: {n_bytes:,} bytes.")
-    for dtype in sorted({row["dtype"] for row in rows}):
-        chosen = [row for row in rows if row["dtype"] == dtype]
+    for dtype, inputs in sorted({(row["dtype"], row["inputs"]) for row in rows}, reverse=True):
+        chosen = [row for row in rows if (row["dtype"], row["inputs"]) == (dtype, inputs)]
         middle: Callable[[str, str], float] = lambda rival, key, chosen=chosen: statistics.median(  # noqa: E731
             row[key] for row in chosen if row["rival"] == rival
         )
@@ -174,6 +180,7 @@ def report(folder: Path) -> None:
             seconds = [row["seconds"] for row in chosen if row["rival"] == rival]
             result.add(
                 {
+                    "inputs": inputs,
                     "result": dtype,
                     "what": rival,
                     "seconds": f"{middle(rival, 'seconds'):.1f} ({min(seconds):.1f} to {max(seconds):.1f})",
@@ -193,7 +200,8 @@ def everything(gigabytes: float, mergekit: Path | None, dtype: str, turns: int) 
     try:
         prepare(FOLDER, gigabytes)
         for _ in range(turns):
-            measure(FOLDER, mergekit, dtype, [])
+            for inputs in INPUTS:
+                measure(FOLDER, mergekit, dtype, inputs, [])
         report(FOLDER)
     finally:
         shutil.rmtree(FOLDER)
@@ -226,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--mergekit", type=Path, help="folder that holds mergekit; default: it is left out")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--only", nargs="*", default=[], help="measure: these rivals alone")
+    parser.add_argument("--inputs", nargs="+", default=INPUTS, choices=INPUTS, help="measure: where they are")
     parser.add_argument("--turns", type=int, default=3, help="all: turns of every rival (default: 3)")
     arguments = parser.parse_args(argv)
     _check(parser, arguments)
@@ -234,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif arguments.command == "prepare":
         prepare(arguments.folder, arguments.gb)
     elif arguments.command == "measure":
-        measure(arguments.folder, arguments.mergekit, arguments.dtype, arguments.only)
+        for inputs in arguments.inputs:
+            measure(arguments.folder, arguments.mergekit, arguments.dtype, inputs, arguments.only)
     else:
         report(arguments.folder)
 

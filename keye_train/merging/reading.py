@@ -23,6 +23,9 @@ from keye_train.settings import SettingsError
 DIRECT_BYTES = 1 << 20
 """Pieces from which on reading past the page cache pays: it has no read-ahead."""
 
+SAMPLES = 64
+"""Bytes of a file that are looked for in the page cache."""
+
 PIECE_ELEMENTS = 1 << 20  # of one tensor, handled at a time: small enough for the caches, large enough for the disk
 
 
@@ -38,6 +41,7 @@ class Files:
         self.limit = limit
         self._open: OrderedDict[tuple[Path, bool], int | None] = OrderedDict()  # used last: at the end
         self._users: Counter[tuple[Path, bool]] = Counter()  # threads that read at this moment
+        self._cached: dict[Path, bool] = {}
         self._lock = threading.Lock()
 
     @contextmanager
@@ -83,26 +87,35 @@ class Files:
         """The values ``begin`` to ``begin + count`` of a tensor that is read once, in memory of a slot of ``buffers``.
 
         Long pieces come straight from the disk, past the page cache: a copy less, and what others have in the cache
-        stays there. They do not where the file system has no O_DIRECT.
+        stays there. They do not where the cache holds the file already, or the file system has no O_DIRECT.
 
         Raises:
             ExportError: a file ends too early.
         """
         parts = list(place.parts(begin, count))
         n_bytes = count * place.dtype.itemsize
-        if len(parts) == 1 and n_bytes >= DIRECT_BYTES and parts[0][1] % place.dtype.itemsize == 0:
+        if len(parts) == 1 and n_bytes >= DIRECT_BYTES:
             file, at, _, _ = parts[0]
-            skip = at % ALIGNMENT
-            room = buffers.take_aligned(slot, -(-(skip + n_bytes) // ALIGNMENT) * ALIGNMENT)
-            values = room[skip : skip + n_bytes]
-            with self._opened(file, direct=True) as descriptor:
-                n_read = 0 if descriptor is None else max(0, _read_direct(descriptor, room, at - skip) - skip)
-            if n_read < n_bytes:
-                self._fill(file, at + n_read, values[n_read:].numpy().data, place.name)
-            return values.view(place.dtype)
+            if at % place.dtype.itemsize == 0 and not self._is_cached(file):
+                return self._fetch_direct(file, at, n_bytes, buffers, slot, place.name).view(place.dtype)
         into = buffers.take(slot, count, place.dtype)
         self.read(place, begin, into)
         return into
+
+    def _fetch_direct(self, file: Path, at: int, n_bytes: int, buffers: Buffers, slot: int, name: str) -> Tensor:
+        skip = at % ALIGNMENT
+        room = buffers.take_aligned(slot, -(-(skip + n_bytes) // ALIGNMENT) * ALIGNMENT)
+        values = room[skip : skip + n_bytes]
+        with self._opened(file, direct=True) as descriptor:
+            n_read = 0 if descriptor is None else max(0, _read_direct(descriptor, room, at - skip) - skip)
+        if n_read < n_bytes:
+            self._fill(file, at + n_read, values[n_read:].numpy().data, name)
+        return values
+
+    def _is_cached(self, file: Path) -> bool:
+        if file not in self._cached:
+            self._cached[file] = _in_page_cache(file)
+        return self._cached[file]
 
     def expect(self, place: TensorPlace, begin: int, count: int) -> None:
         """Tell the system that these values will be read soon, so that it fetches them ahead."""
@@ -150,6 +163,19 @@ def _open_direct(file: Path) -> int | None:
         return os.open(file, os.O_RDONLY | os.O_DIRECT)
     except (OSError, AttributeError):  # the file system; the operating system
         return None
+
+
+def _in_page_cache(file: Path) -> bool:
+    """Whether the page cache seems to hold a file, as it does that of a model that was just trained: by samples."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        size, sample = os.fstat(descriptor).st_size, bytearray(1)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # asking must not make it read ahead
+        return all(os.preadv(descriptor, [sample], size * n // SAMPLES, os.RWF_NOWAIT) for n in range(SAMPLES))
+    except (OSError, AttributeError):  # not there, or the system cannot say: EAGAIN, EOPNOTSUPP
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def _read_direct(descriptor: int, into: Tensor, at: int) -> int:

@@ -1,8 +1,9 @@
-"""Promises: values are the same whether they come past the page cache, through it, or partly so; models may have more
-files than a process may open."""
+"""Promises: values are the same whether they come past the page cache, through it, or partly so; what the cache holds
+comes from there; models may have more files than a process may open."""
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from keye_train.merging.reading import ExportReader, open_files_each
 from keye_train.settings import MergeSettings, SettingsError
 
 DESCRIPTORS = Path("/proc/self/fd")
+PAST_THE_CACHE = ["past the page cache", "in two parts"]
 
 
 @contextmanager
@@ -37,7 +39,16 @@ def open_now(folder: Path) -> int:
     return sum(link.is_symlink() and link.readlink().is_relative_to(folder) for link in DESCRIPTORS.iterdir())
 
 
-@pytest.mark.parametrize("disk", ["past the page cache", "refused when opened", "refused when read", "in two parts"])
+def forget(folder: Path) -> None:
+    """Drop the files of a folder from the page cache."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDWR)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("disk", [*PAST_THE_CACHE, "refused when opened", "refused when read", "cached"])
 def test_fetched_values(
     disk: str, export: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,6 +68,8 @@ def test_fetched_values(
     draw = torch.Generator().manual_seed(0)
     values = {"a": torch.randn(30_001, generator=draw), "b": torch.randn(12_345, generator=draw).bfloat16()}
     reader = ExportReader(export("model", values))
+    if disk != "cached":
+        forget(reader.folder)
     buffers = Buffers()
     for name, whole in values.items():
         for begin, end in ((0, len(whole)), (1, 5000), (4095, 4097), (len(whole) - 3, len(whole))):
@@ -64,7 +77,7 @@ def test_fetched_values(
             assert found.dtype == whole.dtype
             assert torch.equal(found, whole[begin:end])
     reader.close()
-    assert (sum(n_read) > 0) == (disk in ("past the page cache", "in two parts"))
+    assert (sum(n_read) > 0) == (disk in PAST_THE_CACHE)
 
 
 class TestLimitOfOpenFiles:
@@ -74,6 +87,7 @@ class TestLimitOfOpenFiles:
         monkeypatch.setattr(reading, "DIRECT_BYTES", 4000)  # some pieces past the page cache, some through it
         values = {f"t{n:02d}": torch.arange(1500) + 10_000 * n for n in range(24)}
         reader = ExportReader(export("model", values, shards=12))
+        forget(reader.folder)
         reader.files.limit = 3
         buffers = Buffers()
 
