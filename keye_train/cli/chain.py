@@ -53,6 +53,9 @@ Answer held-out samples and score them per task.
 
   keye-eval data=demo models=[runs/demo/merge] out=runs/demo/evaluation
   keye-eval data=demo models=[runs/a,runs/b] out=runs/compare samples_per_task=50
+  keye-eval data=demo models=[runs/a/checkpoints/step-400] out=runs/early
+
+A model is a run folder, an export or a checkpoint of a run; of a checkpoint an export lies below out meanwhile.
 """
 REPORT_HELP = """\
 Write one self-contained HTML page about a pipeline's folder or a single run.

@@ -127,7 +127,10 @@ def tokenizer_fingerprint(folder: str | Path) -> str:
     """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(f"{folder} has no tokenizer.json: give the folder of a Hugging Face fast tokenizer")
+        raise ValueError(
+            f"{folder} has no tokenizer.json: give the folder of a Hugging Face fast tokenizer (model.tokenizer of a "
+            "recipe, --tokenizer of a command; that of data=demo comes with its data, by keye-data demo)"
+        )
     return file_sha256(path)
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from keye_train.data.heldout import Skipped, leave_out, read_drawn
 from keye_train.evaluation.answers import Encoded, answer_all, encode_task
-from keye_train.evaluation.exports import Export, compute_dtype, device
+from keye_train.evaluation.exports import Export, compute_dtype, device, opened_exports
 from keye_train.evaluation.fingerprints import FileHashes
 from keye_train.evaluation.heldout import Heldout, Question, fingerprint, read_tasks
 from keye_train.evaluation.loss import heldout_loss
@@ -69,26 +69,9 @@ def evaluate(settings: EvaluationSettings, progress: bool = True) -> Path:
     """
     settings.check()
     out = Path(settings.out)
-    exports = [Export.open(name, path) for name, path in settings.named_models().items()]
     asked = _read_heldouts(settings)
-    evaluator = _Evaluator(settings, asked, progress)
-    finished: list[dict[str, Any]] = []
-    hashes = FileHashes(out / CACHE)
-    began, computed = time.monotonic(), 0
-    for number, export in enumerate(exports, 1):
-        identity = export.fingerprint(hashes)
-        cached = out / CACHE / f"{_cache_key(settings, asked, identity)}.json"
-        if cached.exists():
-            logger.info("%s: kept from an earlier evaluation", export.name)
-            result = read_json(cached)
-        else:
-            result = evaluator.run(export)
-            write_json_atomic(cached, result)
-            computed += 1
-            left_s = (time.monotonic() - began) / computed * (len(exports) - number)
-            logger.info("%s: done, %d of %d, at most %.0f s left", export.name, number, len(exports), left_s)
-        result["tasks"] = {task: result["tasks"][task] for task in asked.tasks if task in result["tasks"]}
-        finished.append(result | {"name": export.name, "path": str(export.folder), "fingerprint": identity})
+    with opened_exports(settings.named_models(), out) as exports:
+        finished = _evaluate_all(settings, asked, exports, progress)
     results = {
         "data": settings.data.name,
         "data_fingerprint": asked.fingerprint,
@@ -101,6 +84,34 @@ def evaluate(settings: EvaluationSettings, progress: bool = True) -> Path:
     write_json_atomic(out / RESULTS, results)
     Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(results_table(results))
     return out / RESULTS
+
+
+def _evaluate_all(
+    settings: EvaluationSettings, asked: Heldouts, exports: Mapping[str, Export], progress: bool
+) -> list[dict[str, Any]]:
+    """Results of each model, in the order of ``exports`` (what the user named -> export); what is new is computed."""
+    evaluator = _Evaluator(settings, asked, progress)
+    cache = Path(settings.out) / CACHE
+    finished: list[dict[str, Any]] = []
+    hashes = FileHashes(cache)
+    began, computed = time.monotonic(), 0
+    for number, (named, export) in enumerate(exports.items(), 1):
+        kept = export.folder.is_relative_to(named)  # else it is a checkpoint's, and goes away
+        identity = export.fingerprint(hashes if kept else FileHashes(export.folder.parent))
+        cached = cache / f"{_cache_key(settings, asked, identity)}.json"
+        if cached.exists():
+            logger.info("%s: kept from an earlier evaluation", export.name)
+            result = read_json(cached)
+        else:
+            result = evaluator.run(export)
+            write_json_atomic(cached, result)
+            computed += 1
+            left_s = (time.monotonic() - began) / computed * (len(exports) - number)
+            logger.info("%s: done, %d of %d, at most %.0f s left", export.name, number, len(exports), left_s)
+        result["tasks"] = {task: result["tasks"][task] for task in asked.tasks if task in result["tasks"]}
+        path = str(export.folder) if kept else named
+        finished.append(result | {"name": export.name, "path": path, "fingerprint": identity})
+    return finished
 
 
 def _read_heldouts(settings: EvaluationSettings) -> Heldouts:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from keye_train.checkpoints.layout import COMPLETE
 from keye_train.evaluation.fingerprints import FileHashes, model_fingerprint
 from keye_train.model.configuration import SPECIAL_TOKENS, KeyeConfig
 from keye_train.model.sample_encoder import SampleEncoder
-from keye_train.runs import export_dir, file_sha256, read_json
+from keye_train.runs import EXPORT, export_dir, file_sha256, read_json
 from keye_train.settings import (
     LanguageModelSettings,
     ModelSettings,
@@ -94,6 +97,32 @@ class Export:
         return [f"it has no {name}" for name in lacking] + [
             f"its config.json has no {field}" for field in fields if field not in self.config
         ]
+
+
+@contextmanager
+def opened_exports(named: Mapping[str, str], out: Path) -> Iterator[dict[str, Export]]:
+    """What the user names as a model -> its export. A checkpoint of a run becomes the export that the run would have
+    written there, below ``out`` as long as the block lasts.
+
+    Args:
+        named: name in the tables -> run folder, export or ``RUN/checkpoints/step-N``.
+        out: folder with room for those exports.
+
+    Raises:
+        FileNotFoundError, ValueError: a model is absent; a checkpoint is torn or does not fit its run.
+    """
+    with ExitStack() as stack:
+        exports = {}
+        for name, path in named.items():
+            if (Path(path) / COMPLETE).exists():
+                from keye_train.model.convert import convert_checkpoint  # brings all models along
+
+                out.mkdir(parents=True, exist_ok=True)
+                aside = stack.enter_context(TemporaryDirectory(prefix=".export-", dir=out))
+                exports[path] = Export.open(name, str(convert_checkpoint(Path(path), Path(aside) / EXPORT).folder))
+            else:
+                exports[path] = Export.open(name, path)
+        yield exports
 
 
 def device() -> torch.device:

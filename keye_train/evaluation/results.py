@@ -54,29 +54,36 @@ def summarise(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """Models as rows, tasks as columns (Stage 0's last), the level of chance below; the best of each column is bold."""
+    """Models as rows: the mean score with its 95 % interval, the tasks, the held-out loss, then what Stage 0 has. The
+    level of chance stands below; the best of each column is bold."""
     table = Table(title="Held-out results (%)", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("model", no_wrap=True)
     tasks = results["tasks"]
     towers = tower_columns(results["models"])
-    for head in ("mean", *(task["name"] for task in tasks), *towers):
-        table.add_column(head, justify="right", overflow="fold", min_width=5)
     answering = [model for model in results["models"] if model["tasks"]]
+    heads = ["mean", "95 %", *(task["name"] for task in tasks), "loss"] if tasks else []
+    for head in (*heads, *towers):
+        table.add_column(head, justify="right", overflow="fold", min_width=5, no_wrap=head == "95 %")
     for model in results["models"]:
-        cells = ["–"] * (1 + len(tasks))
+        cells = ["–"] * len(heads)
         if model["tasks"]:
             cells = [_cell(model["mean_score"], [m["mean_score"] for m in answering])]
+            cells.append(f"{100 * model['mean_low']:.1f}–{100 * model['mean_high']:.1f}")
             for task in tasks:
                 column = [m["tasks"][task["name"]]["score"] for m in answering]
                 cells.append(_cell(model["tasks"][task["name"]]["score"], column))
+            loss, losses = model["mean_loss"], [m["mean_loss"] for m in answering]
+            best = len(losses) > 1 and loss == min(losses) < max(losses)
+            cells.append(f"[bold]{loss:.4f}[/bold]" if best else f"{loss:.4f}")
         own = tower_columns([model])
         cells += [f"{100 * own[head]['score']:.1f}" if head in own else "–" for head in towers]
         table.add_row(model["name"], *cells)
     if tasks or towers:
         table.add_section()
         chances = [task["chance"] for task in tasks]
-        mean = [sum(chances) / len(chances)] if tasks else []
-        cells = [f"{100 * level:.1f}" for level in (*mean, *chances)] or ["–"]
+        cells = [f"{100 * level:.1f}" for level in chances]
+        if tasks:
+            cells = [f"{100 * sum(chances) / len(chances):.1f}", "", *cells, ""]
         cells += [f"{100 * column['chance']:.1f}" for column in towers.values()]
         table.add_row("chance", *cells, style="dim")
     return table

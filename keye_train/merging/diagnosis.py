@@ -158,7 +158,9 @@ def _request(settings: DiagnosisSettings, readers: Sequence[ExportReader]) -> di
     for reader in readers:
         files = reader.weight_files()
         sampled = sampled_sha256(reader.folder / CONFIG, files)
-        inputs.append({"sampled_sha256": sampled, "mtime_ns": [file.stat().st_mtime_ns for file in files]})
+        # The kernel sets the time of change: bytes between the samples that were changed under an old stamp show in it.
+        times = [(file.stat().st_mtime_ns, file.stat().st_ctime_ns) for file in files]
+        inputs.append({"sampled_sha256": sampled, "times_ns": [list(pair) for pair in times]})
     return {"version": VERSION, "models": settings.models, "base": settings.base, "inputs": inputs}
 
 

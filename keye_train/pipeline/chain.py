@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from keye_train import runs
 from keye_train.pipeline import plan
 from keye_train.pipeline.clock import Clock
 from keye_train.pipeline.jobs import PartFailed, call, call_all, launched
-from keye_train.settings import PipelineRun, PipelineSettings
+from keye_train.settings import PipelineRun, PipelineSettings, TrainSettings
 
 STATE = "pipeline.json"
 REPORT = "report.html"
@@ -59,10 +60,7 @@ def run_pipeline(settings: PipelineSettings) -> int:
 
 def _checked(settings: PipelineSettings) -> Clock:
     """Compose the settings of every part: what cannot work stops here, before any of them has run."""
-    work = {}
-    for run in settings.runs():
-        wanted = plan.stage_settings(settings, run)
-        work[run.name] = float(wanted.stage.steps * wanted.stage.global_batch_packs * wanted.stage.max_patches)
+    work = {run.name: partial(_operations, plan.stage_settings(settings, run)) for run in settings.runs()}
     if settings.merged:
         plan.merge_settings(settings)
         plan.check_merged_budgets(settings)
@@ -72,6 +70,15 @@ def _checked(settings: PipelineSettings) -> Clock:
             plan.curve_settings(settings)
     plan.evaluation_settings(settings)
     return Clock(plan.part_names(settings), work)
+
+
+def _operations(settings: TrainSettings) -> float:
+    """Of all steps of a run with full packs, without attention, which depends on the samples."""
+    from keye_train.data.cost import config_cost
+
+    stage, cost = settings.stage, config_cost(settings)
+    pack = cost.token * stage.max_tokens + cost.patch * stage.max_patches
+    return pack * stage.global_batch_packs * stage.steps
 
 
 def _run_parts(settings: PipelineSettings, clock: Clock) -> Path:

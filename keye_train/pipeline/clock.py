@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -15,18 +15,18 @@ class Part:
     """One finished or running part."""
 
     name: str
-    work: float  # tokens it may read: what the estimate of the time left goes by
+    trains: bool
     seconds: float = 0.0
     kept: bool = False  # finished by an earlier call
 
 
 class Clock:
-    """Announces parts and estimates the time left by the token budgets of the stages."""
+    """Announces parts and estimates the time left by the operations of the stages."""
 
-    def __init__(self, parts: Sequence[str], work: Mapping[str, float]) -> None:
+    def __init__(self, parts: Sequence[str], work: Mapping[str, Callable[[], float]]) -> None:
         """Args:
         parts: names, in the order in which they run.
-        work: tokens of those that train.
+        work: operations of those that train; asked for when a part that trains has ended.
         """
         self.parts: list[Part] = []
         self._left, self._work, self._number = list(parts), dict(work), len(parts)
@@ -35,11 +35,11 @@ class Clock:
     def begin(self, name: str) -> None:
         """Announce a part."""
         self._began = time.monotonic()
-        done = [part for part in self.parts if part.work and not part.kept]
+        done = [part for part in self.parts if part.trains and not part.kept]
         estimate = ""
         if done:
-            rate = sum(part.seconds for part in done) / sum(part.work for part in done)
-            minutes = rate * sum(self._work.get(left, 0.0) for left in self._left) / 60
+            rate = sum(part.seconds for part in done) / sum(self._work[part.name]() for part in done)
+            minutes = rate * sum(self._work[left]() for left in self._left if left in self._work) / 60
             estimate = f"  (about {minutes:.0f} min of training left)" if minutes >= 1 else ""
         print(f"\n[{self._number - len(self._left) + 1}/{self._number}] {name}{estimate}", flush=True)
 
@@ -52,7 +52,7 @@ class Clock:
         """
         self._left.remove(name)
         took = time.monotonic() - self._began if seconds is None else seconds
-        self.parts.append(Part(name, self._work.get(name, 0.0), took, kept))
+        self.parts.append(Part(name, name in self._work, took, kept))
         if kept:
             print(f"{name}: already finished, kept", flush=True)
 

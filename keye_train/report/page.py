@@ -16,6 +16,7 @@ from keye_train.report.forecasts import forecast_table
 from keye_train.report.gallery import build_gallery, final_model
 from keye_train.report.merge_page import PAGE, write_merge_page
 from keye_train.report.rendering import write_page
+from keye_train.report.soup import soup_verdicts
 from keye_train.report.tables import (
     accuracy_table,
     answering,
@@ -72,6 +73,7 @@ def _context(root: RunRoot) -> dict[str, Any]:
         "zeroshot": {"table": zeroshot[0], "about": zeroshot[1]} if zeroshot else None,
         "merge": merge_section(root),
         "merge_page": PAGE if root.soup else None,
+        "soup_verdicts": soup_verdicts(root.soup["soup"]) if root.soup.get("soup") else [],
         "stages": stages_table(root) if root.stages else None,
         "forecasts": forecast_table(root),
         "curves": [_curves(run, opened=position < 2) for position, run in enumerate(root.stages)],

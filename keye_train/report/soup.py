@@ -52,11 +52,16 @@ def soup_section(found: Mapping[str, Any]) -> dict[str, Any]:
             f"{', '.join(found['models'])}, in this order; the best part, by the selection samples, is "
             f"{found['best_part']}."
         ),
-        "verdicts": [_verdict(found, row) for row in found["rows"] if row["accepted"] is not None],
+        "verdicts": soup_verdicts(found),
         "table": Table(heads, rows),
         "trace": _trace(found),
         "trials": _trials(found),
     }
+
+
+def soup_verdicts(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What ``soup.json`` says of each average: ``text``, and ``kind``, "right" where it was accepted, else "wrong"."""
+    return [_verdict(found, row) for row in found["rows"] if row["accepted"] is not None]
 
 
 def curve_section(found: Mapping[str, Any]) -> dict[str, Any]:

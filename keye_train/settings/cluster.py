@@ -66,4 +66,8 @@ class ForecastSettings(TrainSettings):
             )
         if self.cluster.efficiency > 1 or self.cluster.overlap > 1:
             raise SettingsError("cluster.efficiency and cluster.overlap are shares: at most 1")
-        self.gradient_accumulation(self.cluster.ranks)
+        try:
+            self.gradient_accumulation(self.cluster.ranks)
+        except SettingsError as error:
+            ranks = f"cluster.nodes={self.cluster.nodes} x cluster.ranks_per_node={self.cluster.ranks_per_node}"
+            raise SettingsError(f"{error} ({ranks} of cluster={self.cluster.name})") from None

@@ -32,7 +32,7 @@ class EvaluationSettings(AnswerSettings):
     out: str
 
     def named_models(self) -> dict[str, str]:
-        """Name in the tables -> run folder or export.
+        """Name in the tables -> run folder, export or checkpoint.
 
         Raises:
             SettingsError: two models would share a name.

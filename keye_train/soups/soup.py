@@ -20,7 +20,7 @@ import numpy as np
 from keye_train.evaluation.candidates import Values
 from keye_train.evaluation.heldout import Heldout, content_sha256, read_tasks
 from keye_train.merging import merge
-from keye_train.runs import MANIFEST, commit, read_json, versions, write_json_atomic
+from keye_train.runs import commit, versions, write_json_atomic
 from keye_train.settings import (
     EvaluationSettings,
     MergeMethod,
@@ -228,13 +228,18 @@ def _told(gain: dict[str, float]) -> str:
 
 
 def _place(folder: Path, settings: SoupSettings, weights: Sequence[float] | None, progress: bool) -> Path | None:
-    """Bring ``folder`` to what was found: the export of an accepted soup, else nothing."""
+    """Bring ``folder``, which is the search's own, to what was found: the export of an accepted soup, else nothing."""
+    wanted = None
+    if weights is not None:
+        wanted = MergeSettings(
+            models=settings.models, out=str(folder), method=MergeMethod.weighted, weights=exact(weights)
+        )
     if folder.exists():
-        request = read_json(folder / MANIFEST)["request"]
-        if weights is None or request["weights"] != exact(weights):
-            logger.info("%s: what an earlier search found is removed", folder)
-            shutil.rmtree(folder)
-    if weights is None:
-        return None
-    wanted = MergeSettings(models=settings.models, out=str(folder), method=MergeMethod.weighted, weights=exact(weights))
-    return merge(wanted, progress)
+        try:
+            if wanted is not None:
+                return merge(wanted, progress)  # kept, where it is that very soup
+        except SettingsError as error:  # other weights, other models, or the same ones at another place
+            logger.debug("%s", error)
+        logger.info("%s: what an earlier search found is removed", folder)
+        shutil.rmtree(folder)
+    return None if wanted is None else merge(wanted, progress)

@@ -115,6 +115,9 @@ class TestResults:
         shown = "".join(part.text for part in Console(width=200).render(results_table(results)))
         assert "0-shot colour" in shown
         assert "R@1 i>t" in shown
+        answering = results["models"][1]
+        assert f"{100 * answering['mean_low']:.1f}–{100 * answering['mean_high']:.1f}" in shown
+        assert f"{answering['mean_loss']:.4f}" in shown
         alone = results | {"tasks": [], "models": [towers]}
         assert "chance" in "".join(part.text for part in Console(width=200).render(results_table(alone)))
 

@@ -98,7 +98,9 @@ def test_branches_are_diagnosed_and_mixed_and_every_accepted_soup_is_evaluated(c
     page = (root / "merge.html").read_text(encoding="utf-8")
     assert "soup_weights" in page
     assert 'href="report.html"' in page
-    assert 'href="merge.html"' in (root / "report.html").read_text(encoding="utf-8")
+    report = (root / "report.html").read_text(encoding="utf-8")
+    assert 'href="merge.html"' in report
+    assert all(f">{name}: " in report for name in ("uniform", "soup_greedy", "soup_weights"))  # their verdicts
 
 
 def test_the_report_is_one_page_with_the_table_of_every_model(chain: Path) -> None:

@@ -15,6 +15,8 @@ import keye_train.model.auto  # noqa: F401 (registers Keye)
 from keye_train import runs
 from keye_train.compose import choices, load_resolution
 from keye_train.data.formats import parse_sample
+from keye_train.evaluation.exports import opened_exports
+from keye_train.evaluation.fingerprints import FileHashes
 from keye_train.merging import merge
 from keye_train.model.convert import convert_export, convert_import
 from keye_train.model.image_processor import KeyeImageProcessor
@@ -119,3 +121,14 @@ def test_budgets_come_back_from_their_files(name: str) -> None:
     budgets = load_resolution(name)
     videos = with_video_limits(ResolutionSettings(), video_limits(budgets))
     assert KeyeImageProcessor.from_resolution(budgets).resolution(videos) == budgets
+
+
+def test_a_checkpoint_is_evaluated_as_the_export_of_its_step(trained: list[Path], tmp_path: Path) -> None:
+    checkpoint = next((trained[0] / runs.CHECKPOINTS).glob("step-*"))
+    named = {"a": str(trained[0]), "a/step-1": str(checkpoint)}
+    with opened_exports(named, tmp_path / "out") as exports:
+        own, early = (exports[path] for path in named.values())
+        assert (early.name, early.config) == ("a/step-1", own.config)
+        cache = FileHashes(tmp_path / "cache")
+        assert early.fingerprint(cache) == own.fingerprint(cache)
+    assert not list((tmp_path / "out").iterdir())
