@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 import pytest
 import torch
@@ -321,6 +321,40 @@ def test_a_second_launch_waits_for_the_first_and_gives_up(tmp_path: Path) -> Non
         holder.kill()
         holder.communicate()
     RunLock(tmp_path, world, patience_s=0.1).release()
+
+
+def test_a_launch_that_wrote_nothing_takes_its_folder_away(tmp_path: Path) -> None:
+    """But none that was there before, and none in which another launch waits or something stands."""
+    world = distributed.start(timeout_minutes=1)
+    run_dir = tmp_path / "runs" / "wrong_parent"
+    RunLock(run_dir, world).release()
+    assert not run_dir.exists()
+    run_dir.mkdir()
+    RunLock(run_dir, world).release()
+    assert run_dir.exists()
+    shutil.rmtree(run_dir)
+    lock = RunLock(run_dir, world)
+    (run_dir / runs.RECIPE).touch()
+    lock.release()
+    assert run_dir.exists()
+
+
+def test_a_launch_that_waited_for_a_folder_that_went_away_makes_it_anew(tmp_path: Path) -> None:
+    """Or it would hold a lock on a file that nobody else sees."""
+
+    class Waited(RunLock):
+        def _wait(self, file: BinaryIO, kind: int, patience_s: float) -> bool:
+            if not gone:
+                gone.append(True)
+                shutil.rmtree(run_dir)
+            return super()._wait(file, kind, patience_s)
+
+    run_dir, gone = tmp_path / "run", list[bool]()
+    lock = Waited(run_dir, distributed.start(timeout_minutes=1))
+    assert (run_dir / LOCK).exists()
+    code = f"import fcntl; fcntl.lockf(open({str(run_dir / LOCK)!r}, 'a+b'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode != 0
+    lock.release()
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])

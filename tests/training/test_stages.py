@@ -133,6 +133,7 @@ class TestUnfitParents:
         recipe = toy_corpus.settings("1_align", tmp_path / "run", f"parent={tmp_path / 'nowhere'}")
         with pytest.raises(FileNotFoundError, match="holds no export"):
             train(recipe)
+        assert not (tmp_path / "run").exists()
 
     def test_a_parent_that_changed_under_a_run(self, toy_corpus: ToyCorpus, stage1: Path, tmp_path: Path) -> None:
         parent, run_dir = tmp_path / "parent", tmp_path / "run"
