@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_tools.page import printable
+from data_tools.text import printable
 from keye_train.data.collate import LoadedPack
 from keye_train.data.index import read_key
 from keye_train.data.loader import ReadTask
@@ -76,26 +76,7 @@ def pack_view(
         mean_cost: of the packs of its global batch.
     """
     stage, inputs = settings.stage, loaded.inputs
-    number = {name: place for place, name in enumerate(sources)}
-    learnt: list[int | None] = [None] * len(loaded.refs)
-    borders = "–"
-    if isinstance(inputs, PackedInputs):
-        learnt = list(np.bincount(inputs.loss_samples.numpy(), minlength=len(loaded.refs)).tolist())
-        borders = _numbers(inputs.cu_seqlens.tolist())
-    read = _read_samples(tasks, loaded, settings.data.storage)
-    rows = [
-        PackRow(
-            number[ref.source],
-            ref.source,
-            printable(ref.key),
-            printable(label),
-            task.tokens,
-            task.patches,
-            count,
-            "" if task.fit == WHOLE else str(task.fit),
-        )
-        for ref, label, task, count in zip(loaded.refs, loaded.tasks, read, learnt, strict=True)
-    ]
+    rows = _rows(tasks, loaded, settings.data.storage, sources)
     about = (
         f"{len(loaded.refs)} samples; {loaded.tokens:,} tokens, {100 * planned.tokens / stage.max_tokens:.2f} % of the "
         f"budget; {loaded.patches:,} patches, {100 * planned.patches / stage.max_patches:.1f} %; "
@@ -112,12 +93,37 @@ def pack_view(
             ("tokens", _bar(rows, "tokens", stage.max_tokens)),
             ("patches", _bar(rows, "patches", stage.max_patches)),
         ],
-        cu_seqlens=borders,
+        cu_seqlens=_numbers(inputs.cu_seqlens.tolist()) if isinstance(inputs, PackedInputs) else "–",
         vision_cu_seqlens=_numbers(inputs.vision.cu_seqlens.tolist()),
         rows=rows[:MAX_ROWS],
         rows_left_out=max(0, len(rows) - MAX_ROWS),
         skipped=[(printable(ref.key), printable(reason)) for ref, reason in loaded.skipped],
     )
+
+
+def _rows(
+    tasks: Sequence[ReadTask], loaded: LoadedPack, storage: StorageSettings, sources: Sequence[str]
+) -> list[PackRow]:
+    """What was read, sample by sample."""
+    number = {name: place for place, name in enumerate(sources)}
+    learnt: list[int | None] = [None] * len(loaded.refs)
+    if isinstance(loaded.inputs, PackedInputs):
+        learnt = list(np.bincount(loaded.inputs.loss_samples.numpy(), minlength=len(loaded.refs)).tolist())
+    return [
+        PackRow(
+            number[ref.source],
+            ref.source,
+            printable(ref.key),
+            printable(label),
+            task.tokens,
+            task.patches,
+            count,
+            "" if task.fit == WHOLE else str(task.fit),
+        )
+        for ref, label, task, count in zip(
+            loaded.refs, loaded.tasks, _read_samples(tasks, loaded, storage), learnt, strict=True
+        )
+    ]
 
 
 def _read_samples(tasks: Sequence[ReadTask], loaded: LoadedPack, storage: StorageSettings) -> list[ReadTask]:

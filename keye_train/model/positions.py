@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -235,34 +236,29 @@ def rope_index(
     device = input_ids.device
     ids = input_ids.cpu()
     mask = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
-    images = [] if image_grid_thw is None else image_grid_thw.tolist()
-    videos = [] if video_grid_thw is None else video_grid_thw.tolist()
-    seconds = [1.0] * len(videos) if second_per_grid_ts is None else second_per_grid_ts.tolist()
-    has_vision = bool(images or videos)
+    image_grids = [] if image_grid_thw is None else image_grid_thw.tolist()
+    video_grids = [] if video_grid_thw is None else video_grid_thw.tolist()
+    seconds = [1.0] * len(video_grids) if second_per_grid_ts is None else second_per_grid_ts.tolist()
+    has_vision = bool(image_grids or video_grids)
+    # Each with its seconds per time step, in the order in which the rows open them
+    queues = {
+        image_pad_id: zip(image_grids, repeat(0.0), strict=False),
+        video_pad_id: zip(video_grids, seconds, strict=False),
+    }
 
     positions = torch.ones(3, batch, length, dtype=torch.int64)
     deltas = torch.empty(batch, 1, dtype=torch.int64)
-    next_image = next_video = 0
     for i in range(batch):
         row = ids[i, mask[i]]
         opened = row[1:][row[:-1] == vision_start_id].tolist()
-        grids: list[list[int]] = []
-        steps: list[float] = []
-        for token in opened:
-            if token == image_pad_id:
-                grids += images[next_image : next_image + 1]
-                steps.append(0.0)
-                next_image += 1
-            elif token == video_pad_id:
-                grids += videos[next_video : next_video + 1]
-                steps += seconds[next_video : next_video + 1]
-                next_video += 1
-        if len(grids) != len(steps) or next_image > len(images) or next_video > len(videos):
-            raise ValueError(f"row {i} opens more images or videos than there are grids")
+        try:
+            media = [next(queues[token]) for token in opened if token in queues]
+        except StopIteration as error:
+            raise ValueError(f"row {i} opens more images or videos than there are grids") from error
         own = sample_positions(
             row,
-            grids,
-            steps,
+            [grid for grid, _ in media],
+            [step for _, step in media],
             image_pad_id=image_pad_id,
             video_pad_id=video_pad_id,
             tokens_per_second=tokens_per_second,
