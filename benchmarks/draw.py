@@ -38,18 +38,11 @@ from keye_train.data.blocks import BlockShuffle
 from keye_train.data.corpus import Corpus
 from keye_train.data.cost import language_cost
 from keye_train.data.draw import DrawRules
-from keye_train.data.index import (
-    INDEX_VERSION,
-    ROW_GROUP,
-    SCHEMA,
-    ShardHeader,
-    add_sizes,
-    index_path,
-    tokenizer_fingerprint,
-)
+from keye_train.data.index import INDEX_VERSION, ROW_GROUP, SCHEMA, ShardHeader, tokenizer_fingerprint
+from keye_train.data.indexing import add_sizes
 from keye_train.data.mixture import mixed
 from keye_train.data.packing import Budget
-from keye_train.data.paths import offsets_path, sizes_file
+from keye_train.data.paths import index_path, offsets_path, sizes_file
 from keye_train.data.plan import Plan, PlanState
 from keye_train.model.configuration import KeyeConfig
 from keye_train.model.flops import FlopCoefficients

@@ -23,8 +23,9 @@ from PIL import Image
 from benchmarks.results import Result
 from data_tools.index_cmd import load_tokenizer
 from data_tools.shards import sample_key, write_shard
-from keye_train.data.index import build_index, index_path, tokenizer_fingerprint
-from keye_train.data.paths import offsets_path
+from keye_train.data.index import tokenizer_fingerprint
+from keye_train.data.indexing import build_index
+from keye_train.data.paths import index_path, offsets_path
 from keye_train.runs import file_sha256
 
 WORDS = [

@@ -44,7 +44,8 @@ from data_tools.shards import sample_key, write_shard
 from keye_train.compose import load_settings
 from keye_train.data.cost import training_cost
 from keye_train.data.formats import parse_sample
-from keye_train.data.index import build_index, tokenizer_fingerprint
+from keye_train.data.index import tokenizer_fingerprint
+from keye_train.data.indexing import build_index
 from keye_train.data.loader import Loader
 from keye_train.data.memory import keep_freed_memory
 from keye_train.data.plan import Plan

@@ -13,10 +13,13 @@ from tqdm import tqdm
 from data_tools.decode_options import add_decode_arguments, decode_limits_from
 from data_tools.index_cmd import NO_TENSORS
 from data_tools.storage_options import add_storage_arguments, storage_from
+from data_tools.text import one_line
 from keye_train.data.energon import LayoutFinder
 from keye_train.data.formats import parse_sample
-from keye_train.data.index import find_shards, has_index, read_columns, read_metadata
+from keye_train.data.index import read_columns, read_metadata
 from keye_train.data.limits import Watch, unwatched
+from keye_train.data.opening import has_index
+from keye_train.data.paths import find_shards
 from keye_train.data.pool import ReaderPool
 from keye_train.data.reader import ShardReader
 from keye_train.data.storage import Storage
@@ -78,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         for shard in tqdm(shards, unit="shard", desc="check"):
             for problem in check_shard(shard, arguments.decode, storage, decoders):
                 problems += 1
-                tqdm.write("\t".join((problem.shard, problem.key, problem.reason)))
+                tqdm.write("\t".join(map(one_line, (problem.shard, problem.key, problem.reason))))
     finally:
         if decoders is not None:
             decoders.close()

@@ -8,6 +8,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from keye_train.command import guarded
+
 COMMANDS = {
     "ingest": "data_tools.ingest",
     "index": "data_tools.index_cmd",
@@ -47,7 +49,8 @@ examples:
   keye-data fit-cost runs/2_multitask --out cost.json
   keye-data demo --out data/demo
 
-`keye-data COMMAND --help` tells more about a command.
+`keye-data COMMAND --help` tells more about a command. Exit status: 0; 1 where check, ledger or requeue found something
+wrong; 2 for wrong words, settings or files, with the way to mend it.
 """
 
 
@@ -57,7 +60,7 @@ def build_parser(commands: Sequence[str] = tuple(COMMANDS)) -> argparse.Argument
         "keye-data", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--verbose", action="store_true", help="log more")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for command in commands:
         importlib.import_module(COMMANDS[command]).add_parser(subparsers)
     return parser
@@ -80,12 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(
         level=logging.DEBUG if arguments.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
-    try:
-        sys.exit(arguments.run(arguments))
-    except (ValueError, OSError) as error:
-        sys.exit(f"keye-data: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    guarded(f"keye-data {arguments.command}", lambda: int(arguments.run(arguments)), also=(OSError,))
 
 
 if __name__ == "__main__":

@@ -15,16 +15,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data_tools.decode_options import LIMITS, add_decode_arguments, decode_limits_from
 from data_tools.storage_options import add_storage_arguments, storage_from
-from keye_train.data.index import (
-    ShardHeader,
-    add_sizes,
-    build_index,
-    find_shards,
-    open_header,
-    tokenizer_fingerprint,
-)
+from keye_train.data.index import ShardHeader, tokenizer_fingerprint
+from keye_train.data.indexing import add_sizes, build_index
 from keye_train.data.limits import DecodeLimits, Watch, unwatched
-from keye_train.data.paths import index_file
+from keye_train.data.opening import open_header
+from keye_train.data.paths import find_shards, index_file
 from keye_train.data.pool import ReaderPool
 from keye_train.data.storage import Storage, StorageError
 from keye_train.runs import file_sha256

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.shards import write_shard
+from data_tools.text import one_line
 from keye_train import runs
 from keye_train.data.audit import Audit, audit_run
 from keye_train.data.index import read_metadata
@@ -88,9 +89,9 @@ def text_table(audit: Audit) -> str:
     reasons = [(count, one.name, reason) for one in audit.sources for reason, count in one.skipped.items()]
     if reasons:
         lines += ["", "skipped, by reason"]
-        lines += [f"{count:>8,}  {name}: {reason}" for count, name, reason in sorted(reasons, reverse=True)]
+        lines += [f"{count:>8,}  {name}: {one_line(reason)}" for count, name, reason in sorted(reasons, reverse=True)]
     lines += ["", f"{len(audit.problems)} problems: neither trained nor skipped, skipped unplanned, or repeated"]
-    lines += [f"  {problem}" for problem in audit.problems[:MAX_PROBLEMS]]
+    lines += [f"  {one_line(problem)}" for problem in audit.problems[:MAX_PROBLEMS]]
     return "\n".join(lines)
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from data_tools.page import printable
 from data_tools.recipe import add_recipe_words, read_recipe
-from data_tools.simulation import Simulation, simulate
+from data_tools.simulation import Simulation, SourceTally, simulate
+from data_tools.text import one_line
 from keye_train.data.cost import training_cost
 from keye_train.data.plan import Plan
 from keye_train.report.charts import short
@@ -123,33 +124,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def describe(result: Simulation, options: PlanOptions) -> dict[str, Any]:
     """All figures as plain values, with units in their names."""
-    step_s = result.step_seconds(options.device_flops * options.mfu)
-    per_s = 1 / (step_s * result.steps) if step_s else 0.0
     totals = {name: max(1, sum(getattr(s, name) for s in result.sources)) for name in ("drawn", "tokens", "patches")}
-    flops = sum(source.flops for source in result.sources) or 1.0
-    sources = [
-        {
-            "name": source.name,
-            "rows": source.rows,
-            "weight": source.weight,
-            "samples": source.samples,
-            "dropped": source.dropped,
-            "filtered": source.filtered,
-            "downscaled": source.downscaled,
-            "truncated": source.truncated,
-            "share_samples": source.drawn / totals["drawn"],
-            "share_tokens": source.tokens / totals["tokens"],
-            "share_patches": source.patches / totals["patches"],
-            "share_flops": source.flops / flops,
-            "tokens": source.tokens,
-            "patches": source.patches,
-            "mean_tokens": source.tokens / max(1, source.samples),
-            "p99_tokens": 2 ** source.token_lengths.percentile(99) if source.samples else 0.0,
-            "steps_per_epoch": source.rows * result.steps / source.passed if source.passed else None,
-            "epochs_in_recipe": source.passed / result.steps * result.recipe_steps / source.rows,
-        }
-        for source in result.sources
-    ]
+    totals["flops"] = sum(source.flops for source in result.sources) or 1.0
     return {
         "world_size": result.world_size,
         "steps": result.steps,
@@ -174,23 +150,45 @@ def describe(result: Simulation, options: PlanOptions) -> dict[str, Any]:
         "mix_deviation": result.mix_deviation,
         "mixture_unit": result.unit,
         "curriculum": result.curriculum,
-        "sources": sources,
+        "sources": [_source_figures(source, result, totals) for source in result.sources],
         "left_out": [
             {"source": name, "reason": reason, "samples": count}
             for (name, reason), count in result.reasons.most_common()
         ],
-        "loader": {
-            "device_flops": options.device_flops,
-            "mfu": options.mfu,
-            "step_s": step_s,
-            "stage_s": step_s * result.recipe_steps,
-            "samples_per_s": result.samples * per_s,
-            "tokens_per_s": result.tokens * per_s,
-            "patches_per_s": result.patches * per_s,
-            "shard_bytes_per_s": result.shard_bytes * per_s,
-            "shard_bytes_per_s_and_rank": result.shard_bytes * per_s / result.world_size,
-        },
+        "loader": _loader_figures(result, options),
         "planning_us_per_sample": result.plan_s / max(1, result.planned_samples) * 1e6,
+    }
+
+
+def _source_figures(source: SourceTally, result: Simulation, totals: Mapping[str, float]) -> dict[str, Any]:
+    """What a source gives, and its share of all that is given."""
+    plain = ("name", "rows", "weight", "samples", "dropped", "filtered", "downscaled", "truncated", "tokens", "patches")
+    return {name: getattr(source, name) for name in plain} | {
+        "share_samples": source.drawn / totals["drawn"],
+        "share_tokens": source.tokens / totals["tokens"],
+        "share_patches": source.patches / totals["patches"],
+        "share_flops": source.flops / totals["flops"],
+        "mean_tokens": source.tokens / max(1, source.samples),
+        "p99_tokens": 2 ** source.token_lengths.percentile(99) if source.samples else 0.0,
+        "steps_per_epoch": source.rows * result.steps / source.passed if source.passed else None,
+        "epochs_in_recipe": source.passed / result.steps * result.recipe_steps / source.rows,
+    }
+
+
+def _loader_figures(result: Simulation, options: PlanOptions) -> dict[str, float]:
+    """What the loader must deliver for the ranks to train at that speed."""
+    step_s = result.step_seconds(options.device_flops * options.mfu)
+    per_s = 1 / (step_s * result.steps) if step_s else 0.0
+    return {
+        "device_flops": options.device_flops,
+        "mfu": options.mfu,
+        "step_s": step_s,
+        "stage_s": step_s * result.recipe_steps,
+        "samples_per_s": result.samples * per_s,
+        "tokens_per_s": result.tokens * per_s,
+        "patches_per_s": result.patches * per_s,
+        "shard_bytes_per_s": result.shard_bytes * per_s,
+        "shard_bytes_per_s_and_rank": result.shard_bytes * per_s / result.world_size,
     }
 
 
@@ -230,10 +228,7 @@ def render(described: dict[str, Any]) -> str:
     ]
     lines += [_source_line(source) for source in d["sources"]]
     lines += ["", "left out" if d["left_out"] else "no sample is left out"]
-    lines += [
-        f"{r['samples']:10,}  {r['source']}: {' '.join(printable(r['reason']).split())}"
-        for r in d["left_out"][:MAX_REASONS]
-    ]
+    lines += [f"{r['samples']:10,}  {r['source']}: {one_line(r['reason'])}" for r in d["left_out"][:MAX_REASONS]]
     if len(d["left_out"]) > MAX_REASONS:
         lines.append(f"            and {len(d['left_out']) - MAX_REASONS} more reasons (see --json)")
     loader = d["loader"]

@@ -7,8 +7,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from data_tools.page import printable, write_html
+from data_tools.page import write_html
 from data_tools.simulation import Distribution, Simulation
+from data_tools.text import printable
 from keye_train.report.charts import Series, line_chart, percent, short, smooth
 from keye_train.report.collect import clock
 from keye_train.report.histogram import histogram
@@ -80,6 +81,8 @@ def _tile(label: str, value: str, note: str = "") -> dict[str, str]:
 
 
 def _sources(described: dict[str, Any]) -> Table:
+    # Columns of zeros would push the last ones out of the page.
+    counted = [name for name in ("filtered", "downscaled", "truncated") if any(s[name] for s in described["sources"])]
     heads = [
         "source",
         f"weight ({described['mixture_unit']}{', at the start' if described['curriculum'] else ''})",
@@ -89,9 +92,7 @@ def _sources(described: dict[str, Any]) -> Table:
         "FLOPs",
         "mean tokens",
         "p99 tokens",
-        "filtered",
-        "downscaled",
-        "truncated",
+        *counted,
         "left out",
     ]
     rows = []
@@ -103,13 +104,12 @@ def _sources(described: dict[str, Any]) -> Table:
             *(Cell(f"{100 * share:.1f} %", heat=round(share, 3)) for share in shares),
             Cell(f"{source['mean_tokens']:,.0f}"),
             Cell(f"{source['p99_tokens']:,.0f}"),
-            Cell(f"{source['filtered']:,}"),
-            *(Cell(f"{source[name]:,}") for name in ("downscaled", "truncated", "dropped")),
+            *(Cell(f"{source[name]:,}") for name in (*counted, "dropped")),
             EMPTY if per_epoch is None else Cell(f"{per_epoch:,.0f}", f"{source['rows']:,} samples"),
             Cell(f"{source['epochs_in_recipe']:.2f}"),
         ]
         rows.append(TableRow(source["name"], cells))
-    return Table([*heads, "steps per epoch", f"epochs in {described['recipe_steps']:,} steps"], rows)
+    return Table([*heads, "steps/epoch", f"epochs in {described['recipe_steps']:,} steps"], rows)
 
 
 def _fill_charts(result: Simulation) -> list[Markup]:

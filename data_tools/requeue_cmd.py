@@ -18,9 +18,11 @@ from data_tools.decode_options import add_decode_arguments, decode_limits_from
 from data_tools.index_cmd import NO_TENSORS, index_shards
 from data_tools.shards import write_shard
 from data_tools.storage_options import add_storage_arguments, storage_from
+from data_tools.text import one_line
 from keye_train import runs
-from keye_train.data.index import open_header, read_columns
+from keye_train.data.index import read_columns
 from keye_train.data.limits import Watch, unwatched
+from keye_train.data.opening import open_header
 from keye_train.data.pool import ReaderPool
 from keye_train.data.quarantine import read_list
 from keye_train.data.reader import ShardReader
@@ -83,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         runs.write_text_atomic(arguments.left, "".join(lines))
     print(f"{written} of {len(entries)} samples can be read now, {len(left)} cannot")
     for entry in left:
-        print(f"  {entry['shard']} {entry['key']}: {entry['reason']}")
+        print("  " + one_line(f"{entry['shard']} {entry['key']}: {entry['reason']}"))
     if written:
         list(index_shards([str(arguments.out)], arguments.tokenizer, 0))  # each was read to the end just now
         out = shlex.quote(str(arguments.out))

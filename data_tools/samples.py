@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from data_tools.page import printable
+from data_tools.text import printable
 from data_tools.view_reader import GuardedReader, ReadMedium
 from keye_train.data.loader import ReadTask
 from keye_train.model.packed import IGNORE_INDEX

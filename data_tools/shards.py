@@ -12,8 +12,7 @@ from pathlib import Path
 from webdataset import TarWriter
 
 from keye_train.data.formats import REFUSED_SUFFIXES, split_member_name
-from keye_train.data.index import index_path
-from keye_train.data.paths import offsets_path, sizes_file
+from keye_train.data.paths import index_path, offsets_path, sizes_file
 
 KEY_DIGITS = 9
 

@@ -10,9 +10,12 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools.storage_options import add_storage_arguments, storage_from
+from data_tools.text import one_line
 from keye_train.data.corpus import Sizes, measure
 from keye_train.data.facts import Facts
-from keye_train.data.index import find_shards, has_index, read_columns
+from keye_train.data.index import read_columns
+from keye_train.data.opening import open_headers
+from keye_train.data.paths import find_shards
 from keye_train.settings import ResolutionSettings, StorageSettings
 
 DESCRIPTION = """\
@@ -80,7 +83,11 @@ def read_resolution(assignments: list[str]) -> ResolutionSettings:
         name, equals, value = assignment.partition("=")
         if not equals or not hasattr(resolution, name):
             raise ValueError(f"--set {assignment}: use NAME=VALUE with one of {', '.join(vars(resolution))}")
-        setattr(resolution, name, type(getattr(resolution, name))(value))
+        kind = type(getattr(resolution, name))
+        try:
+            setattr(resolution, name, kind(value))
+        except ValueError as error:
+            raise ValueError(f"--set {assignment}: {value!r} is no {kind.__name__}") from error
     return resolution
 
 
@@ -88,13 +95,12 @@ def summarise(shards: list[str], resolution: ResolutionSettings, storage: Storag
     """Read the indexes of shards.
 
     Raises:
-        ValueError: a shard has no index.
+        ValueError: a shard has no index, or a stale one.
     """
     parts, tasks = [], []
     errors: Counter[str] = Counter()
+    open_headers(shards, None, storage=storage)
     for shard in tqdm(shards, unit="shard", desc="stats", leave=False):
-        if not has_index(shard, storage):
-            raise ValueError(f"the shard {shard} has no index; run: keye-data index {shard} --tokenizer DIR")
         table = read_columns(shard, ["text_tokens", "media", "task", "error"], storage)
         sizes, wrong = measure(Facts.of(table), resolution)
         parts.append(sizes)
@@ -114,13 +120,18 @@ def render(summary: Summary, shards: int) -> str:
         own = sizes.tokens[mine]
         if not len(own):
             continue
+        label = "all" if name is None else one_line(name) or "(no task)"
         lines.append(
-            f"{name or ('all' if name is None else '(no task)'):24} {len(own):10d} {len(own) / len(tasks):7.1%} "
+            f"{label:24} {len(own):10d} {len(own) / len(tasks):7.1%} "
             f"{own.sum():14d} {own.mean():8.0f} {own.max():8d} {sizes.patches[mine].sum():14d}"
         )
     lines += ["", "tokens of a sample", *histogram(sizes.tokens)]
     if summary.errors:
-        lines += ["", "unreadable", *(f"{count:8d}  {reason}" for reason, count in summary.errors.most_common(20))]
+        lines += [
+            "",
+            "unreadable",
+            *(f"{count:8d}  {one_line(reason)}" for reason, count in summary.errors.most_common(20)),
+        ]
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 The story is one numbered chain; each arrow is a folder::
 
     1 shards        WebDataset .tar                                       data_tools/
-    2 index         one row a sample: bytes, text tokens, media sizes     keye_train/data/index.py
+    2 index         one row a sample: bytes, text tokens, media sizes     keye_train/data/indexing.py
     3 mixture       which source is drawn next                            keye_train/data/mixture.py
     4 window        the next N samples of the draw, as metadata           keye_train/data/window.py
     5 packing       window -> packs under a token and a patch budget      keye_train/data/packing.py

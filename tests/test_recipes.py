@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
 from keye_train import compose
-from keye_train.cli import merge_main, train_main
+from keye_train.cli import merge_main, pipeline_main, train_main
 from keye_train.settings import (
     CurveSettings,
     DiagnosisSettings,
@@ -186,3 +187,28 @@ def test_a_mistyped_command_is_answered_with_the_right_one(
         command(words)
     assert left.value.code == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "chosen"), [(train_main, "stage=2_multitask"), (pipeline_main, "pipeline=smoke")])
+def test_a_command_without_any_choice_starts_nothing(
+    command: Callable[[Sequence[str]], None],
+    chosen: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It shows what there is to choose from instead; also on the ranks of a launcher, which adds a word of its own."""
+    monkeypatch.chdir(tmp_path)
+    group = chosen.partition("=")[0]
+    for words in ([], ["--local_rank=0"]):
+        with pytest.raises(SystemExit) as left:
+            command(words)
+        assert left.value.code == 2
+        said = capsys.readouterr().err
+        assert "Recipes to choose from" in said
+        assert f"nothing is chosen: give {group}=..." in said
+    for words in (["--show"], [chosen, "--show"]):
+        with pytest.raises(SystemExit) as left:
+            command(words)
+        assert left.value.code == 0
+    assert not list(tmp_path.iterdir())

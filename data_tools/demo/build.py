@@ -37,7 +37,9 @@ from data_tools.demo.assets import PACKAGES, load_assets
 from data_tools.demo.studio import Draft, Studio
 from data_tools.demo.tokenizer import conversation_texts, train_tokenizer
 from data_tools.shards import write_shard
-from keye_train.data.index import ShardHeader, build_index, open_header, tokenizer_fingerprint
+from keye_train.data.index import ShardHeader, tokenizer_fingerprint
+from keye_train.data.indexing import build_index
+from keye_train.data.opening import open_header
 from keye_train.data.reader import walk_shard
 from keye_train.runs import read_json, write_json_atomic
 

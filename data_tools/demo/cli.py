@@ -7,11 +7,26 @@ from pathlib import Path
 
 from data_tools.demo.build import build_demo
 
+DESCRIPTION = """\
+Build the demo's corpus: chat samples, image-text pairs, clips and texts whose answers are known by construction, from
+pictures and fonts that ship inside PyPI packages. Train and held-out shards with their indexes, and the
+tokenizer. Nothing is downloaded. The same seed and scale give the same samples.
+"""
+EXAMPLES = """\
+examples:
+  keye-data demo --out data/demo
+  keye-data demo --out data/small --scale 0.02
+"""
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command ``demo``."""
     parser = subparsers.add_parser(
-        "demo", help="compose the demo's corpus from real scans, photographs, clips and fonts", description=__doc__
+        "demo",
+        help="compose the demo's corpus from real scans, photographs, clips and fonts",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder of the corpus (%(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of samples (%(default)s)")

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keye_train.cli import soups
-from keye_train.cli.common import guarded, recipe_command
+from keye_train.cli.common import recipe_command
+from keye_train.command import guarded
 from keye_train.settings import EvaluationSettings, MergeSettings, PipelineSettings
 from keye_train.settings.merge_methods import method_table
 from keye_train.settings.merging import ALLOWED_DIFFERENCES
@@ -73,7 +74,10 @@ def pipeline_main(argv: Sequence[str] | None = None) -> None:
 
         return run_pipeline(settings)
 
-    recipe_command("keye-pipeline", PIPELINE_HELP, PipelineSettings, "pipeline", ("pipeline",), work, argv)
+    groups = ("pipeline",)
+    recipe_command(
+        "keye-pipeline", PIPELINE_HELP, PipelineSettings, "pipeline", groups, work, argv, ask_for="pipeline=..."
+    )
 
 
 def merge_main(argv: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What the commands share: a command line of recipe overrides, and errors in one line."""
+"""What the commands share: a command line of recipe overrides."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from keye_train import compose
+from keye_train.command import WRONG_USE, guarded
 from keye_train.settings import SettingsError
 
 T = TypeVar("T")
@@ -26,27 +27,27 @@ def recipe_command(
     work: Callable[[T], int],
     argv: Sequence[str] | None,
     commands: Iterable[str] = (),
+    ask_for: str = "",
 ) -> None:
     """Read the command line, compose the recipe, do the work, leave with its exit code.
 
-    ``commands``: words that could have stood first, for the user who mistypes one.
+    Args:
+        name: of the command.
+        text: of its help.
+        schema: of the settings.
+        primary: name of the primary recipe.
+        groups: of recipes, for the help.
+        work: returns the exit code.
+        argv: words behind the name; None: those of this process.
+        commands: words that could have stood first, for the user who mistypes one.
+        ask_for: a word such as ``stage=...``. With it, a command line without any choice starts nothing: hours of
+            work should not begin because somebody wanted to see what a command does.
     """
-    recipes = compose.recipes_folder()
-    listed = "\n".join(f"  {group + '=':<12}{' | '.join(compose.choices(group, recipes))}" for group in groups)
-    parser = argparse.ArgumentParser(
-        prog=name,
-        description=text,
-        epilog=f"Recipes to choose from:\n{listed}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="choice of a recipe or a value to change")
-    parser.add_argument(
-        "--recipes", default=recipes, metavar="DIR", help="another recipes folder (or set KEYE_RECIPES)"
-    )
-    parser.add_argument("--show", action="store_true", help="print the resolved recipe and leave")
-    # The deepspeed launcher adds this to every rank's command line; the rank comes from the environment.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser = _parser(name, text, groups, argv)
     arguments = parser.parse_args(argv)
+    if ask_for and not (arguments.overrides or arguments.show or arguments.recipes != compose.recipes_folder()):
+        parser.print_help(sys.stderr)
+        parser.exit(WRONG_USE, f"\n{name}: error: nothing is chosen: give {ask_for}; --show prints the defaults\n")
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
@@ -64,24 +65,33 @@ def recipe_command(
     guarded(name, composed)
 
 
+def _parser(name: str, text: str, groups: Sequence[str], argv: Sequence[str] | None) -> argparse.ArgumentParser:
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument(
+        "--recipes",
+        default=compose.recipes_folder(),
+        metavar="DIR",
+        help="another recipes folder (or set KEYE_RECIPES)",
+    )
+    recipes = where.parse_known_args(argv)[0].recipes  # for the help, which lists what stands there
+    listed = "\n".join(f"  {group + '=':<12}{' | '.join(compose.choices(group, recipes))}" for group in groups)
+    parser = argparse.ArgumentParser(
+        prog=name,
+        description=text,
+        epilog=f"Recipes to choose from:\n{listed}" if groups else None,
+        parents=[where],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="choice of a recipe or a value to change")
+    parser.add_argument("--show", action="store_true", help="print the resolved recipe and leave")
+    # The deepspeed launcher adds this to every rank's command line; the rank comes from the environment.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
 def _refuse_mistyped(name: str, first: Sequence[str], commands: Iterable[str]) -> None:
     """Raise SettingsError for a first word that was meant to be a command."""
     for word in first:
         close = difflib.get_close_matches(word, list(commands), n=1)
         if close and "=" not in word and not word.startswith("~"):  # ~KEY removes a value
             raise SettingsError(f"'{word}' is no KEY=VALUE; did you mean '{name} {close[0]}'?")
-
-
-def guarded(name: str, work: Callable[[], int]) -> None:
-    """Run ``work``; what the user can mend becomes one line, everything else keeps its traceback.
-
-    By the convention of this package ValueError and FileNotFoundError are about input: a recipe, data, a checkpoint.
-    KEYE_TRACEBACK=1 shows where they came from.
-    """
-    try:
-        sys.exit(work())
-    except (ValueError, FileNotFoundError) as error:
-        if os.environ.get("KEYE_TRACEBACK"):
-            raise
-        print(f"{name}: error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from keye_train import compose, runs
-from keye_train.cli.common import guarded
+from keye_train.command import guarded
 from keye_train.settings import ResolutionSettings
 
 CONVERT_HELP = """\

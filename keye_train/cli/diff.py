@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from keye_train.cli.common import guarded
+from keye_train.command import guarded
 
 HELP = """\
 What two runs have in common, and what not: recipes, data, code, results, speed.

@@ -46,4 +46,4 @@ def train_main(argv: Sequence[str] | None = None) -> None:
         listed = "".join(f"  keye-train {name:<8}{purpose}\n" for name, purpose in COMMANDS.items())
         text += f"\nCommands about runs, each with a --help of its own:\n\n{listed}"
     groups = ("stage", "model", "data", "deepspeed", "logging", "guards")
-    recipe_command("keye-train", text, TrainSettings, "train", groups, work, words, COMMANDS)
+    recipe_command("keye-train", text, TrainSettings, "train", groups, work, words, COMMANDS, ask_for="stage=...")

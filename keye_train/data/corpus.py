@@ -19,10 +19,10 @@ import numpy as np
 from keye_train.data.columns import BlockStore, Measuring
 from keye_train.data.filters import Filter
 from keye_train.data.headers import kept_headers
-from keye_train.data.index import ShardHeader, find_shards, read_key, tokenizer_fingerprint
+from keye_train.data.index import ShardHeader, read_key, tokenizer_fingerprint
 from keye_train.data.measure import Sizes, measure
 from keye_train.data.overlong import Fitting
-from keye_train.data.paths import index_file
+from keye_train.data.paths import find_shards, index_file
 from keye_train.data.storage import is_url
 from keye_train.sample import Fit, SampleRef
 from keye_train.settings import ResolutionSettings, SourceSettings, StorageSettings

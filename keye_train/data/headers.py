@@ -13,7 +13,8 @@ from dataclasses import astuple
 from pathlib import Path
 
 from keye_train.data.energon import LayoutFinder
-from keye_train.data.index import INDEX_VERSION, ShardHeader, open_headers
+from keye_train.data.index import INDEX_VERSION, ShardHeader
+from keye_train.data.opening import open_headers
 from keye_train.data.paths import index_file, offsets_file, sizes_file
 from keye_train.data.storage import Storage
 from keye_train.runs import write_text_atomic
@@ -31,11 +32,11 @@ def kept_headers(
 
     Args:
         shards: paths or URLs of the .tar files.
-        tokenizer, fingerprint, storage: see ``index.open_headers``.
+        tokenizer, fingerprint, storage: see ``opening.open_headers``.
         cache: folder for the headers; None: none are kept.
 
     Raises:
-        ValueError, StorageError: see ``index.open_header``.
+        ValueError, StorageError: see ``opening.open_header``.
     """
     path = None if cache is None else _path(shards, fingerprint, storage, cache)
     kept = None if path is None else _read(path, shards)
@@ -70,7 +71,7 @@ def _path(shards: Sequence[str], fingerprint: str, storage: StorageSettings | No
             return own
 
     try:
-        states = files.map_quick(state, shards)
+        states = files.map_quick(state, shards, any(map(files.is_remote, shards)))
     except FileNotFoundError:
         return None
     finally:

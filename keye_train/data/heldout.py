@@ -12,8 +12,10 @@ from typing import TypeVar
 import numpy as np
 
 from keye_train.data.formats import parse_sample
-from keye_train.data.index import find_shards, has_index, read_columns
+from keye_train.data.index import read_columns
+from keye_train.data.opening import has_index
 from keye_train.data.packing import Budget
+from keye_train.data.paths import find_shards
 from keye_train.data.reader import ShardReader
 from keye_train.sample import Sample, SampleError, SampleRef
 from keye_train.settings import SettingsError, SourceSettings, StorageSettings

@@ -68,9 +68,10 @@ def find_shards(patterns: Iterable[str], storage: StorageSettings | None = None)
             for plain in braceexpand(pattern, escape=False):
                 for match in _expand(plain, files):
                     found[match] = None
-        for shard, there in zip(found, files.map_quick(files.exists, list(found)), strict=True):
-            if not there:
-                raise ValueError(f"the shard {shard} does not exist; check the path in data.sources")
+        there = files.map_quick(files.exists, list(found), any(map(is_url, found)))
+        for shard, exists in zip(found, there, strict=True):
+            if not exists:
+                raise ValueError(f"the shard {shard} does not exist; check the path (of a recipe: data.sources)")
     finally:
         files.close()
     return list(found)
@@ -85,5 +86,7 @@ def _expand(pattern: str, files: Storage) -> list[str]:
             raise ValueError(f"{pattern} is a folder without {META}/split.yaml; give its shards, e.g. {pattern}/*.tar")
     matches = files.expand(pattern)
     if not matches:
-        raise ValueError(f"no shard matches {pattern}; check the path in data.sources (from {Path.cwd()})")
+        raise ValueError(
+            f"no shard matches {pattern}, seen from {Path.cwd()}; check the path (of a recipe: data.sources)"
+        )
     return matches

@@ -127,6 +127,7 @@ class SizesFile:
         if len(start) < HEAD.size or not start.startswith(MAGIC):
             raise DamagedError(f"{self._path} is not a file of sizes")
         _, account_bytes, blocks = HEAD.unpack_from(start)
+        self._blocks = blocks
         self._directory = HEAD.size + account_bytes
         self._first = self._directory + blocks * BLOCK.size
         if self._first > size:
@@ -155,16 +156,17 @@ class SizesFile:
         """The blocks with the rows [start, stop) of some spans; one read a span.
 
         Raises:
-            DamagedError: a block is not what was written.
+            DamagedError: a block is not what was written, or the file has none with such rows.
             StorageError: a remote file cannot be read.
         """
+        self._require(max((stop for _, stop in spans), default=0), self._blocks * BLOCK_ROWS)
         bounds = [(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)) for start, stop in spans]
         ranges = [(self._end(first), self._end(behind)) for first, behind in bounds]
         if not all(start <= stop <= self._size for start, stop in ranges):
             raise DamagedError(f"{self._path} has a damaged directory")
         read = self._read(ranges)
         found = []
-        for (first, behind), data in zip(bounds, read, strict=True):
+        for (first, behind), (_, stop), data in zip(bounds, spans, read, strict=True):
             base = start = self._end(first)
             for number in range(first, behind):
                 end, crc, size = self._block(number)
@@ -173,7 +175,13 @@ class SizesFile:
                     raise DamagedError(f"block {number} of {self._path} is damaged")
                 found.append(block)
                 start = end
+            if behind > first:
+                self._require(stop, (behind - 1) * BLOCK_ROWS + len(found[-1].rows) // ROW.itemsize)
         return found
+
+    def _require(self, stop: int, rows: int) -> None:
+        if stop > rows:
+            raise DamagedError(f"{self._path} has no row {stop - 1}: it is of another index than the one beside it")
 
     def _end(self, blocks: int) -> int:
         """Byte behind the first so many blocks."""

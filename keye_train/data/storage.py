@@ -34,7 +34,7 @@ T = TypeVar("T")
 LONGEST_WAIT_S = 60.0
 STRETCHES = 8  # of work for each connection
 PATIENCE = 4
-"""``Storage.map_quick`` takes threads once more than so many items had to wait, and more than one of so many."""
+"""``Storage.map_quick`` takes threads once more than so many local items had to wait, and more than one of so many."""
 DOWNLOAD_BLOCK_BYTES = 16 * 2**20
 
 _THREAD = threading.local()
@@ -161,12 +161,19 @@ class Storage:
         done = self._threads.map(lambda stretch: [function(item) for item in stretch], stretches)
         return [result for results in done for result in results]
 
-    def map_quick(self, function: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
+    def is_remote(self, shard: str) -> bool:
+        """Whether a shard or its index is behind a URL."""
+        return is_url(shard) or is_url(self.settings.index_dir or "")
+
+    def map_quick(self, function: Callable[[Any], T], items: Sequence[Any], remote: bool = False) -> list[T]:
         """As ``map``, for what takes microseconds where the files are in memory: threads would double that.
 
-        So items are done one by one as long as they need not wait for a disk or a network. Whether they do is counted,
-        not timed: a thread that waits gives up its processor.
+        So items are done one by one as long as they need not wait for a disk. Whether they do is counted, not timed: a
+        thread that waits gives up its processor. Where some are ``remote``, all are done as ``map`` does: each has to
+        wait.
         """
+        if remote:
+            return self.map(function, items)
         done: list[T] = []
         waited, given_up = 0, resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
         for item in items:

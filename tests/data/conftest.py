@@ -13,8 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from toy_shards import Members, mixed_samples, write_tokenizer
 
+from data_tools.cli import main
 from data_tools.shards import sample_key, write_shard
-from keye_train.data.index import build_index, tokenizer_fingerprint
+from keye_train.data.index import tokenizer_fingerprint
+from keye_train.data.indexing import build_index
 from keye_train.settings import SourceSettings
 
 
@@ -56,3 +58,20 @@ def toy_sources(tmp_path_factory: pytest.TempPathFactory, make_shard: Callable[.
         "a": SourceSettings([str(folder / "a-*.tar")]),
         "b": SourceSettings([str(folder / "{b,b}-0.tar")]),
     }
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run ``keye-data`` with words that are the user's mistake; what it says: one line, and exit status 2."""
+
+    def run(*words: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main([str(word) for word in words])
+        said = capsys.readouterr()
+        assert left.value.code == 2, left.value.code
+        last = said.err.splitlines()[-1]  # behind bars of progress
+        assert f"keye-data {words[0]}: error: " in last, said.err
+        return last
+
+    return run

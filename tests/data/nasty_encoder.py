@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from data_tools.index_cmd import ShardIndexer
-from keye_train.data import index
+from keye_train.data import indexing
 from keye_train.data.index import ShardHeader
 from keye_train.data.limits import Watch
 from keye_train.model.sample_encoder import WHOLE, EncodedSample, SampleEncoder
@@ -21,7 +21,7 @@ class NastyIndexer(ShardIndexer):
     """Indexes with such a decoder of video headers."""
 
     def __call__(self, shard: str, given_up: Mapping[int, str], watch: Watch, memory: object) -> ShardHeader:
-        index.probe_video = nasty_probe  # of this process, which is none of the tests'
+        indexing.probe_video = nasty_probe  # of this process, which is none of the tests'
         return super().__call__(shard, given_up, watch)
 
 

@@ -12,7 +12,8 @@ from test_loader import make_loader
 from toy_shards import toy_settings
 from transformers import PreTrainedTokenizerFast
 
-from keye_train.data.index import build_index, tokenizer_fingerprint
+from keye_train.data.index import tokenizer_fingerprint
+from keye_train.data.indexing import build_index
 from keye_train.model.images import decode_image
 from keye_train.settings import ResolutionSettings, SourceSettings
 

@@ -11,27 +11,31 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from toy_shards import mixed_samples, picture, toy_resolution
+from toy_shards import chat, mixed_samples, picture, toy_resolution
 from transformers import PreTrainedTokenizerFast
 
 from data_tools.check import SampleDecoder, check_shard
-from data_tools.cli import main
+from data_tools.cli import COMMANDS, main
 from data_tools.requeue_cmd import find_places
 from data_tools.shards import sample_key, write_shard
 from data_tools.stats import histogram, summarise
 from keye_train.data.corpus import Corpus
 from keye_train.data.formats import parse_sample
-from keye_train.data.index import build_index, index_path, open_header, read_columns, tokenizer_fingerprint
+from keye_train.data.index import read_columns, tokenizer_fingerprint
+from keye_train.data.indexing import build_index
+from keye_train.data.opening import open_header
+from keye_train.data.paths import index_path
 from keye_train.data.quarantine import Quarantine
 from keye_train.data.reader import walk_shard
 from keye_train.sample import Sample, SampleRef
 from keye_train.settings import SourceSettings, StorageSettings
 
 MakeShard = Callable[..., Path]
+Refused = Callable[..., str]
 
 
 def keye_data(*arguments: object) -> int | str | None:
-    """Exit status of the command; a string is an error message."""
+    """Exit status of the command."""
     with pytest.raises(SystemExit) as caught:
         main([str(argument) for argument in arguments])
     return caught.value.code
@@ -76,19 +80,18 @@ def test_processes_write_the_same_indexes(tmp_path: Path, make_shard: MakeShard,
     ],
 )
 def test_mistakes_get_one_line_and_no_traceback(
-    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
-    assert message in str(keye_data(*arguments))
+    assert message in refused(*arguments)
 
 
-@pytest.mark.parametrize("command", ["index", "check", "stats", "ingest", "plan", "view", "demo"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert keye_data(command, "--help") == 0
     shown = capsys.readouterr().out
     assert "usage: keye-data" in shown
-    if command != "demo":
-        assert f"keye-data {command} " in shown.partition("examples:")[2]
+    assert f"keye-data {command} " in shown.partition("examples:")[2]
 
 
 # --------------------------------------------------------------------------------------------------------- check
@@ -111,7 +114,7 @@ def test_check_passes_good_shards_and_names_bad_samples(
 
 
 def test_check_holds_decoders_to_limits(
-    tmp_path: Path, make_shard: MakeShard, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, make_shard: MakeShard, capsys: pytest.CaptureFixture[str], refused: Refused
 ) -> None:
     file = io.BytesIO()
     Image.new("RGB", (4000, 4000)).save(file, "PNG")  # 48 MB of pixels
@@ -125,7 +128,7 @@ def test_check_holds_decoders_to_limits(
     assert "broken image" in lines[1][1]
     # One that brought its process down comes back with the reason.
     assert SampleDecoder()((SampleRef("", "", ""), {}), {0: "SIGSEGV"}) == "SIGSEGV"
-    assert "--decode-seconds is above 0" in str(keye_data("check", shard, "--decode", "--decode-seconds", 0))
+    assert "--decode-seconds is above 0" in refused("check", shard, "--decode", "--decode-seconds", 0)
 
 
 def test_check_finds_a_changed_byte(tmp_path: Path, make_shard: MakeShard) -> None:
@@ -162,7 +165,7 @@ def test_a_list_of_what_is_left_excludes_no_other_sample_of_a_mended_shard(
 
 
 def test_stats_count_what_the_plan_counts(
-    toy_sources: dict[str, SourceSettings], tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+    toy_sources: dict[str, SourceSettings], tokenizer_dir: Path, capsys: pytest.CaptureFixture[str], refused: Refused
 ) -> None:
     source = Corpus.open(toy_sources, tokenizer_dir, toy_resolution()).sources["a"]
     summary = summarise(list(source.shards), toy_resolution())
@@ -176,7 +179,36 @@ def test_stats_count_what_the_plan_counts(
     total = next(line for line in shown.splitlines() if line.startswith("all ")).split()
     assert total[1:4] == ["48", "100.0%", str(source.sizes.tokens.sum())]
     assert total[-1] == str(source.sizes.patches.sum())
-    assert "NAME=VALUE" in str(keye_data("stats", *source.shards, "--set", "nothing=3"))
+    assert "NAME=VALUE" in refused("stats", *source.shards, "--set", "nothing=3")
+
+
+def test_stats_of_a_shard_that_was_written_anew_are_refused(
+    tmp_path: Path, make_shard: MakeShard, refused: Refused
+) -> None:
+    """Its index is of the shard that stood there before: the numbers would be of no shard at all."""
+    shard = make_shard(tmp_path / "a.tar", [{"txt": b"hello"}])
+    with shard.open("ab") as file:
+        file.write(bytes(512))
+    assert f"is stale: it was made when the shard had {shard.stat().st_size - 512} bytes" in refused("stats", shard)
+    index_path(shard).unlink()
+    assert f"has no index; run: keye-data index {shard} --tokenizer DIR" in refused("stats", shard)
+    assert "'fast' is no float" in refused("stats", shard, "--set", "video_fps=fast")
+
+
+def test_what_a_sample_says_of_itself_steers_no_terminal(
+    tmp_path: Path, make_shard: MakeShard, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reasons and tasks hold names that strangers chose."""
+    attack = "a\x1b[2J\nall is well"
+    shard = make_shard(tmp_path / "a.tar", [{"json": chat("?", "!", image=attack)}])
+    assert keye_data("check", shard) == 1
+    checked = capsys.readouterr()
+    (line,) = [line for line in (checked.out + checked.err).splitlines() if "messages name the image" in line]
+    assert "all is well" in line
+    assert keye_data("stats", shard) == 0
+    shown = capsys.readouterr().out
+    assert "messages name the image" in shown
+    assert "\x1b" not in shown + line
 
 
 def test_the_histogram_counts_every_sample_in_its_bar() -> None:
@@ -247,7 +279,7 @@ def test_ingest_conversations_with_several_images_by_path(tmp_path: Path, tokeni
     assert read_columns(str(shard), ["error"])["error"].to_pylist() == [None]
 
 
-def test_ingest_pure_text_of_parquet(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_ingest_pure_text_of_parquet(tmp_path: Path, tokenizer_dir: Path, refused: Refused) -> None:
     datasets.Dataset.from_dict({"text": ["hello", "world"]}).to_parquet(str(tmp_path / "a.parquet"))
     common = ("--out", tmp_path / "out", "--tokenizer", tokenizer_dir)
     assert keye_data("ingest", tmp_path / "a.parquet", *common, "--text-column", "text") == 0
@@ -255,14 +287,12 @@ def test_ingest_pure_text_of_parquet(tmp_path: Path, tokenizer_dir: Path) -> Non
     assert [sample.messages for sample in samples] == [
         [{"role": "assistant", "content": text}] for text in ("hello", "world")
     ]
-    assert "no column 'caption'" in str(
-        keye_data("ingest", tmp_path / "a.parquet", *common, "--text-column", "caption")
-    )
-    assert "give --text-column or --messages-column" in str(keye_data("ingest", tmp_path / "a.parquet", *common))
+    assert "no column 'caption'" in refused("ingest", tmp_path / "a.parquet", *common, "--text-column", "caption")
+    assert "give --text-column or --messages-column" in refused("ingest", tmp_path / "a.parquet", *common)
 
 
-def test_ingest_names_the_row_that_is_wrong(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_ingest_names_the_row_that_is_wrong(tmp_path: Path, tokenizer_dir: Path, refused: Refused) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "fine", "image": null}\n{"text": "no file", "image": "gone.jpg"}\n')
     common = ("--out", tmp_path / "out", "--tokenizer", tokenizer_dir)
-    assert "row 1: " in str(keye_data("ingest", tmp_path / "rows.jsonl", *common, "--text-column", "text"))
+    assert "row 1: " in refused("ingest", tmp_path / "rows.jsonl", *common, "--text-column", "text")
     assert not list((tmp_path / "out").glob("*"))

@@ -20,7 +20,8 @@ from keye_train.data.corpus import Corpus, Looked, Sizes, Source
 from keye_train.data.cost import PackCost
 from keye_train.data.draw import Draw, DrawRules
 from keye_train.data.filters import COLUMNS, Filter
-from keye_train.data.index import ShardHeader, build_index, read_columns, tokenizer_fingerprint
+from keye_train.data.index import ShardHeader, read_columns, tokenizer_fingerprint
+from keye_train.data.indexing import build_index
 from keye_train.data.mixture import Mixture
 from keye_train.data.packing import Budget
 from keye_train.data.plan import AT_THE_END, GlobalBatch, Plan, PlanState

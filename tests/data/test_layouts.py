@@ -15,7 +15,10 @@ from data_tools.check import check_shard
 from data_tools.shards import sample_key, write_shard
 from keye_train.data.corpus import Corpus
 from keye_train.data.formats import parse_sample
-from keye_train.data.index import build_index, find_shards, open_header, read_columns, tokenizer_fingerprint
+from keye_train.data.index import read_columns, tokenizer_fingerprint
+from keye_train.data.indexing import build_index
+from keye_train.data.opening import open_header
+from keye_train.data.paths import find_shards
 from keye_train.data.reader import ShardReader
 from keye_train.model.chat import encode_conversation, first_answers, media_slots, parse_turns, text_sizes
 from keye_train.sample import Sample, SampleError, SampleRef

@@ -17,9 +17,9 @@ from toy_shards import Members, mixed_samples, picture, toy_settings
 
 from data_tools.shards import sample_key, write_shard
 from keye_train.data.cost import PackCost
-from keye_train.data.index import index_path
 from keye_train.data.ledger import Ledger, SkipLimit, read_ledger
 from keye_train.data.loader import Loader, StepData
+from keye_train.data.paths import index_path
 from keye_train.data.plan import Plan, PlanState
 from keye_train.data.reader import offsets_path
 from keye_train.model.packed import IGNORE_INDEX, ContrastiveInputs, PackedInputs

@@ -19,7 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from data_tools.shards import sample_key, write_shard, write_shards
 from keye_train.data.corpus import Corpus
 from keye_train.data.formats import parse_sample, split_member_name
-from keye_train.data.index import build_index, find_shards, index_path, open_header, read_columns, tokenizer_fingerprint
+from keye_train.data.index import read_columns, tokenizer_fingerprint
+from keye_train.data.indexing import build_index
+from keye_train.data.opening import open_header
+from keye_train.data.paths import find_shards, index_path
 from keye_train.data.reader import ShardReader, offsets_path, walk_shard
 from keye_train.sample import SampleError, SampleRef
 from keye_train.settings import SourceSettings

@@ -19,9 +19,10 @@ from keye_train.data.columns import BlockStore, Measuring
 from keye_train.data.corpus import Corpus
 from keye_train.data.facts import FACT_COLUMNS, KINDS, MEDIUM, Facts
 from keye_train.data.grids import media_sizes
-from keye_train.data.index import SCHEMA, index_path, open_header, read_columns, read_sizes
+from keye_train.data.index import SCHEMA, read_columns, read_sizes
 from keye_train.data.measure import measure
-from keye_train.data.paths import sizes_file
+from keye_train.data.opening import open_header
+from keye_train.data.paths import index_path, sizes_file
 from keye_train.data.sizes_file import BLOCK_ROWS, DamagedError, SizesFile, sizes_bytes
 from keye_train.data.storage import Storage
 from keye_train.model.positions import grid_tokens, media_grid
@@ -142,6 +143,10 @@ def test_every_damage_is_noticed(tmp_path: Path) -> None:
         path.write_bytes(whole[:size])
         with pytest.raises(DamagedError, match=r"a\.tar\.sizes"):
             SizesFile(str(path), Storage())
+    path.write_bytes(whole)
+    for rows in ((290, 301), (0, 400), (500, 501)):  # in its last block, behind that, and behind its directory
+        with pytest.raises(ValueError, match=rf"a\.tar\.sizes has no row {rows[1] - 1}: .*: delete .* keye-data index"):
+            read_sizes([(shard, [rows])], Storage())
     path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
     assert len(read_sizes([(shard, [(0, BLOCK_ROWS)])], Storage())) == BLOCK_ROWS  # another block
     with pytest.raises(ValueError, match=r"block 2 of .*a\.tar\.sizes is damaged: delete .* keye-data index"):

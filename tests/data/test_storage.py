@@ -30,9 +30,11 @@ from data_tools.cli import main
 from data_tools.shards import sample_key, write_shard
 from keye_train.data.cache import ShardCache
 from keye_train.data.cost import PackCost
-from keye_train.data.index import build_index, find_shards, index_path, open_header, tokenizer_fingerprint
+from keye_train.data.index import tokenizer_fingerprint
+from keye_train.data.indexing import build_index
 from keye_train.data.loader import Loader
-from keye_train.data.paths import index_file
+from keye_train.data.opening import open_header
+from keye_train.data.paths import find_shards, index_file, index_path
 from keye_train.data.plan import Plan
 from keye_train.data.reader import ShardReader, merge_ranges, offsets_path
 from keye_train.data.storage import Storage, StorageError
@@ -61,6 +63,17 @@ def test_threads_are_taken_only_where_there_is_something_to_wait_for(wait_s: flo
     assert files.map_quick(look, range(200)) == [item * item for item in range(200)]
     assert (threads == {threading.get_ident()}) == (wait_s == 0)
     files.close()
+
+
+def test_remote_items_are_asked_for_at_once(tmp_path: Path) -> None:
+    """From the first on: with a storage that takes 200 ms to answer, a start would wait a second for five of them."""
+    both_ask = threading.Barrier(2, timeout=60)
+    files = Storage(StorageSettings(connections=2))
+    files.map_quick(lambda _: both_ask.wait(), range(2), remote=True)
+    files.close()
+    assert files.is_remote("s3://bucket/a.tar")
+    assert not files.is_remote(f"{tmp_path}/a.tar")
+    assert Storage(StorageSettings(index_dir="s3://bucket/indexes")).is_remote(f"{tmp_path}/a.tar")
 
 
 @pytest.mark.timeout(60)

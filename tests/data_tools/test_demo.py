@@ -23,7 +23,8 @@ from data_tools.demo.captions import CLIPS, PHOTOS
 from data_tools.demo.pairs import NUMBERS
 from data_tools.demo.tokenizer import MAX_VOCABULARY, SPECIAL_TOKENS, train_tokenizer
 from keye_train.data.formats import parse_sample
-from keye_train.data.index import open_header, read_columns
+from keye_train.data.index import read_columns
+from keye_train.data.opening import open_header
 from keye_train.data.reader import walk_shard
 from keye_train.sample import Sample, SampleRef
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from keye_train.data.index import build_index, tokenizer_fingerprint
+from keye_train.data.index import tokenizer_fingerprint
+from keye_train.data.indexing import build_index
 from keye_train.model.configuration import KeyeConfig
 from keye_train.model.keye import KeyeForConditionalGeneration
 from keye_train.model.pretrained import save_export

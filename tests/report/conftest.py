@@ -15,7 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from keye_train.data.index import build_index
+from keye_train.data.indexing import build_index
 
 EVIL = "<script>alert('x')</script>"
 

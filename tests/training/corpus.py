@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from data_tools.demo.tokenizer import conversation_texts, train_tokenizer
 from data_tools.shards import sample_key, write_shard
 from keye_train.compose import load_settings
-from keye_train.data.index import build_index, tokenizer_fingerprint
+from keye_train.data.index import tokenizer_fingerprint
+from keye_train.data.indexing import build_index
 from keye_train.settings import TrainSettings
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "white": (240, 240, 240)}

@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data_tools.shards import sample_key, write_shard
 from keye_train import runs
-from keye_train.data.index import build_index, tokenizer_fingerprint
+from keye_train.data.index import tokenizer_fingerprint
+from keye_train.data.indexing import build_index
 from keye_train.data.ledger import read_ledger
 from keye_train.merging import MergeError, merge
 from keye_train.merging.diagnosis import diagnose
