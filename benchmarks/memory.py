@@ -74,6 +74,9 @@ CASES = [  # stage, ZeRO stage, precision, activation checkpointing, ranks
     ("2_multitask", 1, "bf16", "none", 1),
     ("2_multitask", 2, "bf16", "full", 1),
     ("2_multitask", 3, "bf16", "none", 1),
+    ("2_multitask", 1, "bf16", "full", 2),
+    ("2_multitask", 2, "bf16", "full", 2),
+    ("2_multitask", 3, "bf16", "full", 2),
 ]
 SAMPLES = 8
 SHORT = PackShape(128, 256, 64)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -141,6 +144,31 @@ def test_a_setting_that_cannot_work_is_refused_by_name(overrides: list[str], exp
     with pytest.raises(SettingsError) as raised:
         compose.load_settings(TrainSettings, "train", [*EIGHT_B, *overrides])
     assert expected in str(raised.value)
+
+
+def test_a_number_out_of_its_range_is_refused_by_name() -> None:
+    settings = compose.load_settings(TrainSettings, "train", EIGHT_B)
+    for key, value in (
+        ("stage.optimizer.lr", -1.0),
+        ("stage.optimizer.module_lr.vision", float("nan")),
+        ("stage.optimizer.weight_decay", -0.1),
+        ("stage.optimizer.clip_norm", -1.0),
+        ("stage.optimizer.eps", 0.0),
+        ("stage.optimizer.betas", [0.9, 1.0]),
+        ("stage.schedule.final_fraction", 2.0),
+        ("stage.schedule.warmup_steps", -5),
+        ("stage.trainable", ["vision", "vision"]),
+        ("deepspeed.bucket_elements", 0),
+        ("deepspeed.timeout_minutes", 0.0),
+        ("deepspeed.param_persistence_threshold", -1),
+        ("run_dir", ""),
+        ("seed", -1),
+    ):
+        changed = deepcopy(settings)
+        *parts, last = key.split(".")
+        setattr(reduce(getattr, parts, changed), last, value)
+        with pytest.raises(SettingsError, match=rf"^{re.escape(key)}\b"):
+            changed.check()
 
 
 def test_a_global_batch_that_does_not_divide_names_both_numbers() -> None:

@@ -150,6 +150,7 @@ class TrainSettings:
         check_model(self.model)
         check_data(self.data)
         _check_stage(self.stage, self.data)
+        _check_numbers(self)
         if self.deepspeed.zero_stage not in (0, 1, 2, 3):
             raise SettingsError(f"deepspeed.zero_stage={self.deepspeed.zero_stage}: use 0, 1, 2 or 3")
         if self.deepspeed.zero_stage == 0 and self.deepspeed.precision == Precision.bf16:
@@ -207,7 +208,9 @@ def _check_stage(stage: StageSettings, data: DataSettings) -> None:
         raise SettingsError(f"stage.trainable is empty: name at least one of {MODULES}")
     for name in stage.trainable:
         if name not in MODULES:
-            raise SettingsError(f"stage: unknown module '{name}'; modules: {MODULES}")
+            raise SettingsError(f"stage.trainable: unknown module '{name}'; modules: {MODULES}")
+        if stage.trainable.count(name) > 1:
+            raise SettingsError(f"stage.trainable={stage.trainable} names '{name}' twice: name it once")
     _check_optimizer(stage.optimizer, stage.trainable)
     allowed: tuple[str, ...] = MODULES[:3]
     if stage.objective == Objective.contrastive:
@@ -250,6 +253,43 @@ def _check_stage(stage: StageSettings, data: DataSettings) -> None:
         raise SettingsError("stage.schedule.shape=wsd needs stage.schedule.decay_steps >= 1")
     if stage.schedule.shape != ScheduleShape.wsd and stage.schedule.decay_steps:
         raise SettingsError("stage.schedule.decay_steps has an effect with stage.schedule.shape=wsd only")
+
+
+def _check_numbers(settings: TrainSettings) -> None:
+    """Refuse what torch and DeepSpeed would refuse late, or take for something else."""
+    optimizer, schedule, ds = settings.stage.optimizer, settings.stage.schedule, settings.deepspeed
+    of_modules = {
+        f"stage.optimizer.{key}.{name}": value
+        for key in ("module_lr", "module_weight_decay")
+        for name, value in vars(getattr(optimizer, key)).items()
+        if value is not None
+    }
+    at_least_0 = of_modules | {
+        "stage.optimizer.lr": optimizer.lr,
+        "stage.optimizer.weight_decay": optimizer.weight_decay,
+        "stage.optimizer.clip_norm": optimizer.clip_norm,
+        "stage.schedule.warmup_steps": schedule.warmup_steps,
+        "stage.schedule.decay_steps": schedule.decay_steps,
+        "deepspeed.param_persistence_threshold": ds.param_persistence_threshold,
+        "seed": settings.seed,
+    }
+    above_0 = {
+        "stage.optimizer.eps": optimizer.eps,
+        "deepspeed.bucket_elements": ds.bucket_elements,
+        "deepspeed.timeout_minutes": ds.timeout_minutes,
+    }
+    for key, value in at_least_0.items():
+        if not value >= 0:
+            raise SettingsError(f"{key}={value} must be at least 0")
+    for key, value in above_0.items():
+        if not value > 0:
+            raise SettingsError(f"{key}={value} must be above 0")
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise SettingsError(f"stage.optimizer.betas={optimizer.betas}: both lie between 0 and below 1")
+    if not 0 <= schedule.final_fraction <= 1:
+        raise SettingsError(f"stage.schedule.final_fraction={schedule.final_fraction} must lie between 0 and 1")
+    if not settings.run_dir:
+        raise SettingsError("run_dir is empty: name a folder for what the run writes")
 
 
 def _check_optimizer(optimizer: OptimizerSettings, trainable: list[str]) -> None:

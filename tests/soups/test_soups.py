@@ -236,6 +236,12 @@ def test_a_soup_that_is_no_longer_accepted_is_removed(searched: Any, world: Any,
     assert _place(folder, settings, (0.5, 0.5, 0.0), False) == folder
     assert _place(folder, settings, (0.0, 0.5, 0.5), False) == folder
     assert json.loads((folder / "manifest.json").read_text())["request"]["weights"] == [0.0, 1.0, 1.0]
+    written = (folder / "manifest.json").stat().st_mtime_ns
+    assert _place(folder, settings, (0.0, 0.5, 0.5), False) == folder
+    assert (folder / "manifest.json").stat().st_mtime_ns == written  # it is that very soup
+    moved = [str(shutil.copytree(model, tmp_path / "moved" / Path(model).name)) for model in settings.models]
+    assert _place(folder, replace(settings, models=moved), (0.0, 0.5, 0.5), False) == folder
+    assert str(tmp_path / "moved") in json.loads((folder / "manifest.json").read_text())["request"]["models"][0]
     assert _place(folder, settings, None, False) is None
     assert not folder.exists()
 
