@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
@@ -122,6 +123,30 @@ def to_settings(schema: type[T], values: Any) -> T:
     if check is not None:
         check()
     return settings
+
+
+def stored_values(path: Path) -> Any:
+    """Plain values of a stored ``recipe.yaml``.
+
+    Raises:
+        SettingsError: it is damaged.
+    """
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read ({error}): restore it") from error
+
+
+def stored_settings(schema: type[T], path: Path) -> T:
+    """Inverse of :func:`to_yaml`, from a file.
+
+    Raises:
+        SettingsError: it is damaged, or has keys or values that this version does not know; the message names it.
+    """
+    try:
+        return to_settings(schema, stored_values(path))
+    except SettingsError as error:
+        raise error if str(path) in str(error) else SettingsError(f"{path}: {error}") from error
 
 
 def to_yaml(settings: Any) -> str:

@@ -156,18 +156,26 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def export_dir(path: str | Path) -> Path:
+def export_dir(path: str | Path, setting: str | None = None) -> Path:
     """The export that ``path``, a run folder or an export, stands for.
+
+    Args:
+        path: what the user named.
+        setting: by which key of the recipe.
 
     Raises:
         FileNotFoundError: neither is there.
     """
     folder = Path(path)
+    named = f"{setting}={folder}" if setting else str(folder)
     for candidate in (folder / EXPORT, folder):
         if (candidate / "config.json").exists():
             return candidate
+    if not folder.exists():
+        raise FileNotFoundError(f"{named} does not exist: name the folder of a finished run, or of an export")
     raise FileNotFoundError(
-        f"{folder} holds no export (no config.json in it or in {EXPORT}/): finish the run that should have written it"
+        f"{named} holds no export (no config.json in it or in {EXPORT}/): finish the run that should have written it; "
+        f"keye-convert export RUN/{CHECKPOINTS}/step-N FOLDER makes one of a checkpoint"
     )
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from keye_train import compose, runs
 from keye_train.data.cost import training_cost
@@ -108,7 +107,7 @@ def run_plan(run_dir: str | Path) -> tuple[TrainSettings, Plan]:
         raise ValueError(
             f"{folder} has no {runs.RECIPE} or no {runs.TRAINED}: name the folder of one run of keye-train"
         )
-    settings = compose.to_settings(TrainSettings, OmegaConf.to_container(OmegaConf.load(folder / runs.RECIPE)))
+    settings = compose.stored_settings(TrainSettings, folder / runs.RECIPE)
     plan = Plan.from_settings(settings, training_cost(settings))
     if runs.read_json(folder / runs.MANIFEST).get("data_fingerprint") != plan.fingerprint:
         raise ValueError(

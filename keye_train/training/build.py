@@ -86,7 +86,7 @@ def build_objective(settings: TrainSettings) -> TrainingObjective:
             settings.stage.caption_weight,
         )
     else:
-        parent = None if settings.parent is None else runs.export_dir(settings.parent)
+        parent = None if settings.parent is None else runs.export_dir(settings.parent, "parent")
         if parent is not None:
             check_parent(parent, settings)
         objective = LanguageObjective(initial_model(settings.model, settings.seed, parent), precision)

@@ -46,7 +46,7 @@ def write_export(
         RuntimeError: a frozen parameter changed.
     """
     folder = run_dir / (runs.EXPORT_EMA if average else runs.EXPORT)
-    parent = None if settings.parent is None else WeightReader(runs.export_dir(settings.parent))
+    parent = None if settings.parent is None else WeightReader(runs.export_dir(settings.parent, "parent"))
     dtype = export_dtype(settings, parent)
     tensors = _tensors(engine, parent, dtype, average)
     files = trained_files(Path(settings.model.tokenizer), settings.data.resolution)

@@ -69,7 +69,7 @@ def check_same_run(settings: TrainSettings) -> None:
     """
     run_dir = Path(settings.run_dir)
     path = run_dir / runs.RECIPE
-    if path.exists() and (changed := _changes(OmegaConf.to_container(OmegaConf.load(path)), settings)):
+    if path.exists() and (changed := _changes(compose.stored_values(path), settings)):
         raise SettingsError(
             f"run_dir={run_dir} belongs to another recipe ({changed}). Choose another run_dir, or restore these keys"
         )
@@ -133,7 +133,7 @@ def describe_parent(settings: TrainSettings) -> dict[str, str] | None:
     """
     if settings.parent is None:
         return None
-    return {"path": settings.parent, "fingerprint": export_fingerprint(runs.export_dir(settings.parent))}
+    return {"path": settings.parent, "fingerprint": export_fingerprint(runs.export_dir(settings.parent, "parent"))}
 
 
 def export_fingerprint(folder: Path) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from keye_train import compose, runs
@@ -137,7 +136,7 @@ def _recipe(run_dir: Path) -> TrainSettings:
     path = run_dir / runs.RECIPE
     if not path.exists():
         raise SettingsError(f"run={run_dir} is no run: it has no {runs.RECIPE}")
-    settings = compose.to_settings(TrainSettings, OmegaConf.to_container(OmegaConf.load(path)))
+    settings = compose.stored_settings(TrainSettings, path)
     settings.run_dir = str(run_dir)  # it may have been moved
     return settings
 

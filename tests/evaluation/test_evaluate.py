@@ -219,7 +219,7 @@ class TestRefusal:
 
     def test_missing_model(self, world: Any, tmp_path: Path) -> None:
         settings = EvaluationSettings(models=[str(tmp_path / "nowhere")], data=world[1], out=str(tmp_path))
-        with pytest.raises(FileNotFoundError, match="nowhere holds no export"):
+        with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
             evaluate(settings, progress=False)
 
 

@@ -97,6 +97,11 @@ def test_a_step_that_is_not_there_is_refused(run_dir: Path, tmp_path: Path) -> N
         replay(ReplaySettings(run=str(run_dir), step=7))
     with pytest.raises(SettingsError, match="is no run"):
         replay(ReplaySettings(run=str(tmp_path), step=1))
+    recipe = tmp_path / runs.RECIPE
+    for damaged in ("moon: 1", "a: [", "\x00"):
+        recipe.write_text(damaged)
+        with pytest.raises(SettingsError, match=str(recipe)):
+            replay(ReplaySettings(run=str(tmp_path), step=1))
 
 
 def check_kept(run_dir: Path, written: int) -> None:
