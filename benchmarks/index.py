@@ -3,8 +3,8 @@
     python -m benchmarks.index --tokenizer FOLDER
 
 The shards are made for the run: JPEGs of 300 to 700 pixels a side with a caption and the JSON of img2dataset
-(LAION-like), small PNGs with a short conversation (demo-like),
-and JPEGs with 2 to 8 exchanges (LLaVA-like). Both passes find the shards in the page cache.
+(LAION-like), small PNGs with a short conversation (demo-like), and JPEGs with 2 to 8 exchanges (LLaVA-like). Both
+passes find the shards in the page cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from data_tools.index_cmd import load_tokenizer
 from data_tools.shards import sample_key, write_shard
 from keye_train.data.index import tokenizer_fingerprint
 from keye_train.data.indexing import build_index
-from keye_train.data.paths import index_path, offsets_path
+from keye_train.data.paths import index_file, offsets_file, sizes_file
 from keye_train.runs import file_sha256
 
 WORDS = [
@@ -120,7 +120,9 @@ def main() -> None:
             began = time.perf_counter()
             file_sha256(shard)
             bare = time.perf_counter() - began
-            stored = index_path(shard).stat().st_size + offsets_path(shard).stat().st_size
+            stored = sum(
+                Path(name).stat().st_size for name in (index_file(shard), offsets_file(shard), sizes_file(shard))
+            )
             result.add(
                 {
                     "shard": name,
