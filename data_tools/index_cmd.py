@@ -84,6 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--workers is at least 0")
     limits, storage = decode_limits_from(arguments), storage_from(arguments)
     shards = find_shards(arguments.shards, storage)
+    web = next((shard for shard in shards if shard.startswith(("http://", "https://"))), None)
+    if web is not None and storage.index_dir is None:
+        raise ValueError(f"{web}: a web server takes no index; give a folder for indexes with --index-dir")
     fingerprint = tokenizer_fingerprint(arguments.tokenizer)
     files = Storage(storage)
     sizes = dict(zip(shards, files.map(files.size, shards), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import io
 import json
 import logging
@@ -16,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools.index_cmd import index_shards
-from data_tools.shards import sample_key, write_shards
+from data_tools.shards import remove_shard, sample_key, write_shards
 from keye_train.data.index import tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--split", default="train", help="split of a saved DatasetDict (%(default)s)")
     parser.add_argument("--shard-samples", type=int, default=10_000, metavar="N", help="at most (%(default)s)")
     parser.add_argument("--shard-mb", type=int, default=1000, metavar="MB", help="at most (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the shards NAME-*.tar that --out has")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that index (%(default)s)")
     parser.set_defaults(run=run)
 
@@ -77,15 +79,25 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(arguments: argparse.Namespace) -> int:
     """Ingest and tell; the exit status."""
     columns = Columns(arguments.image_column, arguments.text_column, arguments.messages_column, arguments.task)
+    if min(arguments.shard_samples, arguments.shard_mb) < 1 or arguments.workers < 0:
+        raise ValueError("--shard-samples and --shard-mb are at least 1, --workers at least 0")
     tokenizer_fingerprint(arguments.tokenizer)  # a wrong folder is told before the work, not after it
     table = open_table(arguments.table, arguments.split)
     check_columns(table, columns)
+    before = set(arguments.out.glob(f"{glob.escape(arguments.name)}-*.tar"))
+    if before and not arguments.overwrite:
+        raise ValueError(
+            f"{arguments.out} has {len(before)} shards {arguments.name}-*.tar, which would stand beside the new ones: "
+            "give another --out or --name, or --overwrite to replace them"
+        )
     base = arguments.table if arguments.table.is_dir() else arguments.table.parent
     samples = table_samples(table, columns, base)
     shown = tqdm(samples, total=len(table), unit="sample", desc="ingest")
     shards = list(
         write_shards(arguments.out, arguments.name, shown, arguments.shard_samples, arguments.shard_mb * 1_000_000)
     )
+    for stale in before - {shard.path for shard in shards}:
+        remove_shard(stale)
     paths = [str(shard.path) for shard in shards]
     headers = list(
         tqdm(index_shards(paths, arguments.tokenizer, arguments.workers), total=len(paths), unit="shard", desc="index")
@@ -208,7 +220,11 @@ def _fill_placeholders(messages: Any, names: list[str]) -> list[dict[str, Any]]:
         messages = json.loads(messages)
     waiting = iter(names)
     filled = []
+    if not isinstance(messages, list):
+        raise ValueError(f"the conversation is {type(messages).__name__}, expected a list of messages")
     for message in messages:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise ValueError(f"message {message!r:.80} has no role and content")
         content = message["content"]
         if isinstance(content, list):
             content = [_fill_part(part, waiting) for part in content]
@@ -220,6 +236,8 @@ def _fill_placeholders(messages: Any, names: list[str]) -> list[dict[str, Any]]:
 
 
 def _fill_part(part: Mapping[str, Any], waiting: Iterator[str]) -> dict[str, Any]:
+    if not isinstance(part, Mapping) or "type" not in part or (part["type"] != "image" and part["type"] not in part):
+        raise ValueError(f'part {part!r:.80} of a message is no {{"type": KIND, KIND: ...}}')
     if part["type"] != "image":
         return {"type": part["type"], part["type"]: part[part["type"]]}
     name = next(waiting, None)

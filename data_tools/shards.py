@@ -57,12 +57,22 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, byte
                     tar.write({"__key__": key, **members})
             file.flush()
             os.fsync(file.fileno())
-        for stale in (index_path(path), offsets_path(path), Path(sizes_file(path))):
-            stale.unlink(missing_ok=True)
+        _remove_index(path)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
     return WrittenShard(path, len(keys), stream.size_bytes, stream.sha256)
+
+
+def remove_shard(path: Path) -> None:
+    """Remove a shard with its index."""
+    _remove_index(path)
+    path.unlink()
+
+
+def _remove_index(path: Path) -> None:
+    for stale in (index_path(path), offsets_path(path), Path(sizes_file(path))):
+        stale.unlink(missing_ok=True)
 
 
 def write_shards(

@@ -25,7 +25,7 @@ from keye_train.data.index import ACCOUNT, INDEX_VERSION, ROW_GROUP, SCHEMA, Sha
 from keye_train.data.limits import Watch, unwatched
 from keye_train.data.paths import index_file, offsets_file, sizes_file
 from keye_train.data.sizes_file import sizes_bytes
-from keye_train.data.storage import Storage
+from keye_train.data.storage import Storage, StorageError
 from keye_train.data.tar import RawSample, walk_shard
 from keye_train.model.chat import MediaSlot, TextSize, Turn, slots_of, text_sizes
 from keye_train.model.images import probe_image, probe_plain
@@ -62,7 +62,7 @@ def build_index(
 
     Raises:
         ValueError: the shard stands in a folder whose ``.nv-meta`` cannot be used.
-        StorageError: a remote shard or index cannot be read or written.
+        StorageError: an index cannot be written, or a remote shard cannot be read.
     """
     shard = str(shard)
     files = Storage(storage)
@@ -81,16 +81,15 @@ def build_index(
         }
     table = pa.table(columns, schema=SCHEMA.with_metadata(metadata))
     rows, ends = len(table), [start + size for start, size in zip(columns["offset"], columns["size"], strict=True)]
-    files.write(
-        offsets_file(shard, storage), np.array([*columns["offset"], *(ends[-1:] or [0])], dtype="<u8").tobytes()
-    )
+    offsets = np.array([*columns["offset"], *(ends[-1:] or [0])], dtype="<u8")
+    _write(files, offsets_file(shard, storage), offsets.tobytes())
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
     # Behind the offsets: its presence means that both are there. The sizes, last, name the bytes of the file before.
     index = sink.getvalue().to_pybytes()
-    files.write(index_file(shard, storage), index)
+    _write(files, index_file(shard, storage), index)
     account = metadata | {"rows": rows, "index_bytes": len(index)}
-    files.write(sizes_file(shard, storage), sizes_bytes(table, account))
+    _write(files, sizes_file(shard, storage), sizes_bytes(table, account))
     files.close()
     bad = rows - columns["error"].count(None)
     if bad:
@@ -105,7 +104,17 @@ def add_sizes(header: ShardHeader, storage: StorageSettings | None = None) -> No
     table = pq.read_table(pa.BufferReader(index))
     metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     account = {name: metadata[name] for name in ACCOUNT} | {"rows": len(table), "index_bytes": len(index)}
-    files.write(sizes_file(header.shard, storage), sizes_bytes(table, account))
+    _write(files, sizes_file(header.shard, storage), sizes_bytes(table, account))
+
+
+def _write(files: Storage, path: str, data: bytes) -> None:
+    try:
+        files.write(path, data)
+    except OSError as error:
+        raise StorageError(
+            f"the index cannot be written: {error}; where the folder of a shard is read-only, give another one with "
+            "keye-data index --index-dir and data.storage.index_dir"
+        ) from error
 
 
 def _index_columns(

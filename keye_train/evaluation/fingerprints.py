@@ -13,7 +13,7 @@ FILES = "files.json"
 
 
 class FileHashes:
-    """SHA-256 of files; kept on the disk as long as size, times and inode of a file are those of its last reading.
+    """SHA-256 of files; kept on the disk as long as a file is there, with size, times and inode of its last reading.
 
     The kernel sets the time of change (ctime) itself, so a file of old bytes and an old time stamp is read as well.
     """
@@ -31,7 +31,9 @@ class FileHashes:
         state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         known = self._known.get(str(file.resolve()))
         if known is None or known["state"] != state:
-            known = self._known[str(file.resolve())] = {"state": state, "sha256": file_sha256(file)}
+            known = {"state": state, "sha256": file_sha256(file)}
+            there = {name: own for name, own in self._known.items() if Path(name).exists()}  # or it would only grow
+            self._known = there | {str(file.resolve()): known}
             write_json_atomic(self._store, self._known)
         return str(known["sha256"])
 

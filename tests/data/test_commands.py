@@ -94,6 +94,17 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
     assert f"keye-data {command} " in shown.partition("examples:")[2]
 
 
+def test_an_index_that_cannot_be_written_names_the_way_out(
+    tmp_path: Path, make_shard: MakeShard, tokenizer_dir: Path, refused: Refused
+) -> None:
+    shard = make_shard(tmp_path / "a.tar", [{"txt": b"hello"}], index=False)
+    Path(f"{shard}.idx").mkdir()  # as a read-only folder, which binds no superuser
+    said = refused("index", shard, "--tokenizer", tokenizer_dir, "--workers", 0)
+    assert "the index cannot be written: " in said
+    assert "--index-dir and data.storage.index_dir" in said
+    assert sorted(tmp_path.iterdir()) == [shard, Path(f"{shard}.idx")]
+
+
 # --------------------------------------------------------------------------------------------------------- check
 
 
@@ -289,6 +300,38 @@ def test_ingest_pure_text_of_parquet(tmp_path: Path, tokenizer_dir: Path, refuse
     ]
     assert "no column 'caption'" in refused("ingest", tmp_path / "a.parquet", *common, "--text-column", "caption")
     assert "give --text-column or --messages-column" in refused("ingest", tmp_path / "a.parquet", *common)
+
+
+def test_ingest_leaves_no_shard_of_an_earlier_table(tmp_path: Path, tokenizer_dir: Path, refused: Refused) -> None:
+    """They would be trained on beside the new ones: a recipe names them by one pattern."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    words = ("ingest", rows, "--out", out, "--tokenizer", tokenizer_dir, "--text-column", "text")
+    rows.write_text("".join(json.dumps({"text": f"old {number}"}) + "\n" for number in range(3)))
+    assert keye_data(*words, "--shard-samples", 1) == 0
+    rows.write_text('{"text": "new"}\n')
+    assert "has 3 shards shard-*.tar" in refused(*words)
+    assert keye_data(*words, "--overwrite") == 0
+    assert {path.name.partition(".")[0] for path in out.iterdir()} == {"shard-00000"}
+    assert [sample.messages[0]["content"] for sample in read_samples(out / "shard-00000.tar")] == ["new"]
+    assert "--shard-samples and --shard-mb are at least 1" in refused(*words, "--shard-samples", 0)
+
+
+@pytest.mark.parametrize(
+    ("talk", "message"),
+    [
+        ([{"role": "user"}], "has no role and content"),
+        ({"role": "user", "content": "?"}, "expected a list of messages"),
+        ([{"role": "user", "content": [{"text": "?"}]}], "of a message is no"),
+    ],
+)
+def test_ingest_names_a_conversation_that_is_none(
+    talk: object, message: str, tmp_path: Path, tokenizer_dir: Path, refused: Refused
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"talk": json.dumps(talk)}) + "\n")
+    words = ("--out", tmp_path / "out", "--tokenizer", tokenizer_dir, "--messages-column", "talk")
+    said = refused("ingest", tmp_path / "rows.jsonl", *words)
+    assert "row 0: " in said
+    assert message in said
 
 
 def test_ingest_names_the_row_that_is_wrong(tmp_path: Path, tokenizer_dir: Path, refused: Refused) -> None:

@@ -357,6 +357,16 @@ def test_faults_that_stay_stop_the_run_and_name_shard_and_setting(web: Threading
     assert web.requests == 3
 
 
+def test_a_web_server_takes_no_index(
+    web: ThreadingHTTPServer, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["index", web.url, "--allow-network", "--tokenizer", str(tokenizer_dir)])
+    assert left.value.code == 2
+    assert "give a folder for indexes with --index-dir" in capsys.readouterr().err
+    assert web.fetched == 0
+
+
 # ------------------------------------------------------------------------------------------------------ the cache
 
 

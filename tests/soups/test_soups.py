@@ -24,7 +24,7 @@ from keye_train.merging.blend import Blend
 from keye_train.merging.sources import opened
 from keye_train.report import write_merge_page
 from keye_train.report.lines import soup_lines
-from keye_train.runs import file_sha256
+from keye_train.runs import file_sha256, read_json
 from keye_train.settings import (
     CurveSettings,
     DataSettings,
@@ -329,6 +329,17 @@ def test_files_are_hashed_again_when_they_change_and_only_then(
     file.write_bytes(content)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as an archive would unpack it
     assert export.fingerprint(fingerprints.FileHashes(tmp_path)) != first
+
+
+def test_hashes_of_files_that_are_gone_are_forgotten(tmp_path: Path) -> None:
+    """A cache that outlives thousands of checkpoints does not grow with them."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for file in (old, new):
+        file.write_text(file.name)
+    fingerprints.FileHashes(tmp_path)(old)
+    old.unlink()
+    assert fingerprints.FileHashes(tmp_path)(new) == file_sha256(new)
+    assert list(read_json(tmp_path / fingerprints.FILES)) == [str(new.resolve())]
 
 
 @pytest.mark.parametrize(
