@@ -31,13 +31,14 @@ class Forecast:
     steps: int
     micro_steps: int
     checkpoint_bytes: float
-    checkpoint_s: float  # written in the background
+    checkpoint_s: float  # to write it
+    held_up_s: float  # by one checkpoint: while it is written, or in the background beyond the steps until the next one
     checkpoints: int  # over the run
 
     @property
     def run_s(self) -> float:
-        """All steps."""
-        return self.steps * self.time.total_s
+        """All steps, and what checkpoints hold up."""
+        return self.steps * self.time.total_s + self.checkpoints * self.held_up_s
 
     @property
     def loader_bytes_per_s(self) -> float | None:
@@ -69,17 +70,21 @@ def _forecast(
     micro_steps = settings.gradient_accumulation(cluster.ranks)
     average = 4 if settings.stage.optimizer.ema_decay else 0
     checkpoint_bytes = float((CHECKPOINT_BYTES + average) * counts.learning)
+    checkpoint_s = checkpoint_bytes / (cluster.storage_gb_per_s * GB)
+    time = step_time(settings, counts, step, cluster, micro_steps)
+    beside_s = settings.checkpoint.every_steps * time.total_s if settings.checkpoint.background else 0.0
     return Forecast(
         counts=counts,
         activations=activations,
         device=device_memory(settings, counts, activations, step.fullest, cluster.ranks, micro_steps),
         host=host_memory(settings, counts, cluster.ranks, cluster.ranks_per_node),
         step=step,
-        time=step_time(settings, counts, step, cluster, micro_steps),
+        time=time,
         steps=settings.stage.steps,
         micro_steps=micro_steps,
         checkpoint_bytes=checkpoint_bytes,
-        checkpoint_s=checkpoint_bytes / (cluster.storage_gb_per_s * GB),
+        checkpoint_s=checkpoint_s,
+        held_up_s=max(0.0, checkpoint_s - beside_s),
         checkpoints=-(-settings.stage.steps // settings.checkpoint.every_steps),
     )
 

@@ -36,6 +36,7 @@ def values(found: Forecast, settings: ForecastSettings, problems: list[str], cha
         "loader_bytes_per_s": found.loader_bytes_per_s,
         "checkpoint_bytes": found.checkpoint_bytes,
         "checkpoint_s": found.checkpoint_s,
+        "held_up_s": found.held_up_s,
         "checkpoints": found.checkpoints,
         "problems": problems,
         "would_fit": [asdict(change) for change in changes],
@@ -77,7 +78,7 @@ def render(found: Forecast, settings: ForecastSettings, problems: list[str], cha
         f"{found.run_s * ranks / 3600:,.0f} device hours, {found.steps * step.tokens / GB:,.2f} billion tokens",
         _loader_line(found, cluster.nodes),
         f"a checkpoint: {found.checkpoint_bytes / GB:.2f} GB, {duration(found.checkpoint_s)} to write, "
-        f"{found.checkpoints} in the run",
+        f"{found.checkpoints} in the run; each holds training up for {duration(found.held_up_s)}",
     ]
     if problems:
         lines += ["", "does not fit:", *(f"  {problem}" for problem in problems)]

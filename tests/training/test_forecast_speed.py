@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks.memory import MODEL
 from keye_train import compose
-from keye_train.forecast.activations import PackShape
+from keye_train.forecast.activations import Activations, Linear, PackShape
+from keye_train.forecast.forecast import _forecast
 from keye_train.forecast.gradients import Moment, gradient_memory
 from keye_train.forecast.memory import GB, host_memory
 from keye_train.forecast.parameters import ParameterCounts
@@ -148,3 +149,18 @@ def test_packs_of_stage_0_are_of_pairs() -> None:
     found = assumed(recipe, "no index")
     pairs = 65_536 // 27**2  # the patches are full first
     assert (found.samples, found.tokens, found.patches) == (36 * pairs, 36 * pairs * 64, 36 * pairs * 27**2)
+
+
+def test_a_checkpoint_holds_up_what_the_steps_until_the_next_one_do_not_hide() -> None:
+    recipe = settings(zero_stage=3)
+    recipe.stage.steps = 100
+    counts = replace(COUNTS, groups=((10**9,),))
+    kept = Linear(0.0, 0.0, 0.0, 0.0)
+    for every, background in ((100, False), (10, True), (100, True)):
+        recipe.checkpoint.every_steps, recipe.checkpoint.background = every, background
+        found = _forecast(recipe, recipe.cluster, counts, Activations((), kept), STEP)
+        assert found.checkpoint_s == pytest.approx(12 / recipe.cluster.storage_gb_per_s)
+        step_s = found.time.total_s
+        hidden_s = every * step_s if background else 0.0
+        assert found.held_up_s == pytest.approx(max(0.0, found.checkpoint_s - hidden_s))
+        assert found.run_s == pytest.approx(100 * step_s + 100 / every * found.held_up_s)
