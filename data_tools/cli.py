@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from keye_train.command import guarded
 
 COMMANDS = {
-    "ingest": "data_tools.ingest",
-    "index": "data_tools.index_cmd",
-    "check": "data_tools.check",
-    "stats": "data_tools.stats",
-    "plan": "data_tools.plan_cmd",
-    "view": "data_tools.view_cmd",
-    "ledger": "data_tools.ledger_cmd",
-    "requeue": "data_tools.requeue_cmd",
-    "fit-cost": "data_tools.fit_cost_cmd",
-    "demo": "data_tools.demo.cli",
+    "ingest": ("data_tools.ingest", "turn tables (Hugging Face datasets, parquet, json) into shards"),
+    "index": ("data_tools.index_cmd", "write the index beside each shard"),
+    "check": ("data_tools.check", "verify checksums and open every sample"),
+    "stats": ("data_tools.stats", "count samples, tokens and patches"),
+    "plan": ("data_tools.plan_cmd", "simulate a stage: fill, balance, sources, loader"),
+    "view": ("data_tools.view_cmd", "a page of samples and packs as the model sees them"),
+    "ledger": ("data_tools.ledger_cmd", "audit what became of every planned sample of a run"),
+    "requeue": ("data_tools.requeue_cmd", "read quarantined samples again, as a source of their own"),
+    "fit-cost": ("data_tools.fit_cost_cmd", "fit the cost of packs on the step times of a run"),
+    "demo": ("data_tools.demo.cli", "compose the demo's corpus from real scans, photographs, clips and fonts"),
 }
-"""Command -> module. Only that of the command asked for is imported: all together take many seconds."""
+"""Command -> its module and its purpose. Only the module of the command asked for is imported."""
 
 DESCRIPTION = """\
 Make, check and describe the shards that keye-train reads.
@@ -55,25 +55,28 @@ wrong; 2 for wrong words, settings or files, with the way to mend it.
 
 
 def build_parser(commands: Sequence[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
-    """The parser with these commands."""
+    """The parser; ``commands`` with their arguments, the others by name and purpose only."""
     parser = argparse.ArgumentParser(
         "keye-data", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--verbose", action="store_true", help="log more")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for command in commands:
-        importlib.import_module(COMMANDS[command]).add_parser(subparsers)
+    for command, (module, purpose) in COMMANDS.items():
+        if command in commands:
+            importlib.import_module(module).add_parser(subparsers)
+        else:
+            subparsers.add_parser(command, help=purpose)
     return parser
 
 
 def _asked(words: Sequence[str]) -> Sequence[str]:
-    """The command that the words name, else all: for the help, or for the error that lists them."""
+    """The command that the words name; none for the help, or for the error that lists all."""
     for word in words:
         if word in ("-h", "--help"):
             break
         if not word.startswith("-"):
-            return [word] if word in COMMANDS else list(COMMANDS)
-    return list(COMMANDS)
+            return [word] if word in COMMANDS else []
+    return []
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -34,7 +34,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command ``fit-cost``."""
     parser = subparsers.add_parser(
         "fit-cost",
-        help="fit the cost of packs on the step times of a run",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -55,7 +55,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command ``ingest``."""
     parser = subparsers.add_parser(
         "ingest",
-        help="turn tables (Hugging Face datasets, parquet, json) into shards",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

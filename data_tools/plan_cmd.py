@@ -77,7 +77,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command ``plan``."""
     parser = subparsers.add_parser(
         "plan",
-        help="simulate a stage: fill, balance, sources, loader",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

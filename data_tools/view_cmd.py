@@ -87,7 +87,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command ``view``."""
     parser = subparsers.add_parser(
         "view",
-        help="a page of samples and packs as the model sees them",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -23,7 +23,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command ``demo``."""
     parser = subparsers.add_parser(
         "demo",
-        help="compose the demo's corpus from real scans, photographs, clips and fonts",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -106,6 +106,9 @@ def start(timeout_minutes: float) -> World:
     Args:
         timeout_minutes: deadline of every collective.
     """
+    if not torch.cuda.is_available():
+        # DeepSpeed's launcher sets it; without it ZeRO-3 asks a program, numactl, for each bucket of gradients.
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not dist.is_initialized():
         _init_process_group(timedelta(minutes=timeout_minutes))
         atexit.register(dist.destroy_process_group)

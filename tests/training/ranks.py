@@ -1,11 +1,18 @@
-"""Start the ranks of a run as real processes, with a deadline and with every rank's output on failure."""
+"""Start the ranks of a run as real processes, with a deadline and with every rank's output on failure.
+
+``run`` starts a command, with its launcher; ``forked`` gives a script or module its ranks in a few tenths of a second.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +46,53 @@ def torchrun(world_size: int) -> list[str]:
         "--rdzv-endpoint",
         "localhost:0",
     ]
+
+
+def forked(world_size: int, words: list[str], timeout_s: float) -> str:
+    """Run ``python WORDS`` on every rank, without a launcher and without its start-up time; see ``rank_server``.
+
+    Returns:
+        The output of all ranks, one after the other. Fails with it where a rank does.
+    """
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = str(found.getsockname()[1])
+    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(world_size)}
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / f"rank-{rank}" for rank in range(world_size)]
+        of_ranks = [
+            {
+                "environment": environment()
+                | group
+                | {"LOCAL_WORLD_SIZE": str(world_size), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                "output": str(output),
+            }
+            for rank, output in enumerate(outputs)
+        ]
+        server = _server()
+        assert server.stdin is not None
+        assert server.stdout is not None
+        print(json.dumps({"words": words, "ranks": of_ranks, "timeout_s": timeout_s}), file=server.stdin, flush=True)
+        answer = server.stdout.readline()
+        output = "".join(f"--- rank {rank}\n{file.read_text()}" for rank, file in enumerate(outputs) if file.exists())
+    assert answer, f"the server of ranks is gone\n{output}"
+    codes = json.loads(answer)
+    assert not any(codes), f"exit codes {codes} within {timeout_s} s: {words}\n{output}"
+    return output
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """It ends with this process, which holds the other end of its input."""
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("rank_server.py"))],
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 def run(command: list[str], timeout_s: float, expect: int = 0) -> str:

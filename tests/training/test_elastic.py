@@ -34,7 +34,7 @@ def test_one_two_four_ranks_and_one_again(toy_corpus: ToyCorpus, tmp_path: Path)
 
     def launch(run_dir: Path, world_size: int, zero_stage: int) -> None:
         more = (*EVERY_STEP, f"deepspeed.zero_stage={zero_stage}")
-        ranks.run(toy_corpus.command([*ranks.torchrun(world_size), "-m"], STAGE, run_dir, *more), timeout_s=280)
+        ranks.forked(world_size, toy_corpus.command(["-m"], STAGE, run_dir, *more), timeout_s=280)
 
     launch(constant, 1, 3)
     shutil.copytree(constant, changing)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,8 +23,8 @@ TOY = str(Path(__file__).with_name("toy.py"))
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """World size -> folder with what the toy script wrote."""
     folders = {world_size: tmp_path_factory.mktemp(f"world{world_size}") for world_size in (1, 2)}
-    ranks.run([sys.executable, TOY, str(folders[1])], timeout_s=240)  # no launcher: a group of one
-    ranks.run([*ranks.torchrun(2), TOY, str(folders[2]), str(folders[1])], timeout_s=240)
+    ranks.forked(1, [TOY, str(folders[1])], timeout_s=240)
+    ranks.forked(2, [TOY, str(folders[2]), str(folders[1])], timeout_s=240)
     return folders
 
 

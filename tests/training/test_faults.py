@@ -24,7 +24,7 @@ STEPS, FAULT_STEP = faults.STEPS, faults.FAULT_STEP
 def launch(toy_corpus: ToyCorpus, out: Path, names: list[str]) -> Path:
     """Folder of the runs; two ranks are started once for all of them."""
     script = [str(Path(faults.__file__)), str(toy_corpus.folder), str(out), *names]
-    (out / "output").write_text(ranks.run([*ranks.torchrun(2), *script], timeout_s=280))
+    (out / "output").write_text(ranks.forked(2, script, timeout_s=280))
     return out
 
 

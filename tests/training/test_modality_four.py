@@ -43,8 +43,8 @@ def pair(
     alone, four = (tmp_path_factory.mktemp("four") / name for name in ("alone", "four"))
     more = (*MIXED, *PATTERNS[request.param])
     assert train(toy_corpus.settings(STAGE, alone, *more, "deepspeed.zero_stage=0")) == 0
-    command = toy_corpus.command([*ranks.torchrun(WORLD_SIZE), "-m"], STAGE, four, *more, "deepspeed.zero_stage=3")
-    ranks.run(command, timeout_s=600)
+    words = toy_corpus.command(["-m"], STAGE, four, *more, "deepspeed.zero_stage=3")
+    ranks.forked(WORLD_SIZE, words, timeout_s=600)
     return alone, four
 
 

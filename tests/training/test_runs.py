@@ -166,8 +166,8 @@ class TestHeldoutLosses:
         self, toy_corpus: ToyCorpus, one_process: Path, two_processes: Path, tmp_path: Path
     ) -> None:
         run_dir, alone = tmp_path / "two", tmp_path / "one"
-        command = toy_corpus.command([*ranks.torchrun(2), "-m"], STAGE, run_dir, *LONG, *self.EVALUATED)
-        output = ranks.run(command, timeout_s=240)
+        words = toy_corpus.command(["-m"], STAGE, run_dir, *LONG, *self.EVALUATED)
+        output = ranks.forked(2, words, timeout_s=240)
         assert differing(weights(run_dir), weights(two_processes)) == []
         assert train(toy_corpus.settings(STAGE, alone, *LONG, "deepspeed.zero_stage=0", *self.EVALUATED)) == 0
         assert differing(weights(alone), weights(one_process)) == []
@@ -210,12 +210,12 @@ class TestInterruptedEqualsUninterrupted:
     ) -> None:
         """Ctrl-C reaches the launcher and the ranks, and the launcher hands it on: the ranks get it twice."""
         run_dir, copy = tmp_path / "run", tmp_path / "copy"
-        command = toy_corpus.command([*ranks.torchrun(2), "-m"], STAGE, run_dir, *LONG)
-        interrupt(command, run_dir, 2, signal.SIGINT, group=True)
+        words = toy_corpus.command(["-m"], STAGE, run_dir, *LONG)
+        interrupt([*ranks.torchrun(2), *words], run_dir, 2, signal.SIGINT, group=True)
         done = len(losses(run_dir))
         assert [path.name for path in (run_dir / runs.CHECKPOINTS).iterdir() if path.name == f"step-{done}"]
         shutil.copytree(run_dir, copy)
-        ranks.run(command, timeout_s=240)
+        ranks.forked(2, words, timeout_s=240)
         assert losses(run_dir) == losses(two_processes)
         assert differing(weights(run_dir), weights(two_processes)) == []
         assert train(toy_corpus.settings(STAGE, copy, *LONG, "deepspeed.zero_stage=1")) == 0

@@ -37,8 +37,7 @@ def test_every_split_gives_the_same_losses_and_gradients(
     if world_size == 1:
         assert train(toy_corpus.settings(STAGE, tmp_path, *more)) == 0
     else:
-        command = toy_corpus.command([*ranks.torchrun(world_size), "-m"], STAGE, tmp_path, *more)
-        ranks.run(command, timeout_s=240)
+        ranks.forked(world_size, toy_corpus.command(["-m"], STAGE, tmp_path, *more), timeout_s=240)
     for figure in ("loss", "token_loss", "grad_norm"):
         ours, reference = ([row[figure] for row in rows(folder)] for folder in (tmp_path, one_rank))
         assert ours == pytest.approx(reference, rel=1e-5), figure
