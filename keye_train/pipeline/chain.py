@@ -73,12 +73,14 @@ def _checked(settings: PipelineSettings) -> Clock:
 
 
 def _operations(settings: TrainSettings) -> float:
-    """Of all steps of a run with full packs, without attention, which depends on the samples."""
-    from keye_train.data.cost import config_cost
+    """Of all steps of a run, by the first batches of its plan."""
+    from keye_train.forecast.workload import assumed, workload
 
-    stage, cost = settings.stage, config_cost(settings)
-    pack = cost.token * stage.max_tokens + cost.patch * stage.max_patches
-    return pack * stage.global_batch_packs * stage.steps
+    try:
+        step = workload(settings, ranks=1)
+    except ValueError as error:  # the run itself will say so
+        step = assumed(settings, str(error))
+    return step.flops * settings.stage.steps
 
 
 def _run_parts(settings: PipelineSettings, clock: Clock) -> Path:

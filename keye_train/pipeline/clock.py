@@ -30,6 +30,7 @@ class Clock:
         """
         self.parts: list[Part] = []
         self._left, self._work, self._number = list(parts), dict(work), len(parts)
+        self._known: dict[str, float] = {}
         self._began = 0.0
 
     def begin(self, name: str) -> None:
@@ -38,10 +39,15 @@ class Clock:
         done = [part for part in self.parts if part.trains and not part.kept]
         estimate = ""
         if done:
-            rate = sum(part.seconds for part in done) / sum(self._work[part.name]() for part in done)
-            minutes = rate * sum(self._work[left]() for left in self._left if left in self._work) / 60
+            rate = sum(part.seconds for part in done) / sum(self._operations(part.name) for part in done)
+            minutes = rate * sum(self._operations(left) for left in self._left if left in self._work) / 60
             estimate = f"  (about {minutes:.0f} min of training left)" if minutes >= 1 else ""
         print(f"\n[{self._number - len(self._left) + 1}/{self._number}] {name}{estimate}", flush=True)
+
+    def _operations(self, name: str) -> float:
+        if name not in self._known:
+            self._known[name] = self._work[name]()
+        return self._known[name]
 
     def end(self, name: str, kept: bool = False, seconds: float | None = None) -> None:
         """Note that the part is done.

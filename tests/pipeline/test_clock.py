@@ -25,7 +25,7 @@ def test_the_time_left_goes_by_the_work_of_the_parts(
     now[0] += 1000.0
     clock.end("data")
     clock.begin("stage0")
-    assert not asked  # composing and counting takes seconds: not before it is of use
+    assert not asked  # planning takes a moment: not before it is of use
     clock.end("stage0", kept=True)
     clock.begin("stage1")
     assert "left" not in capsys.readouterr().out  # nothing has been measured
@@ -33,3 +33,5 @@ def test_the_time_left_goes_by_the_work_of_the_parts(
     clock.end("stage1")
     clock.begin("stage2")
     assert "[4/5] stage2  (about 4 min of training left)" in capsys.readouterr().out
+    clock.end("stage2")
+    assert sorted(asked) == ["stage1", "stage2"]  # once each, and those kept never
