@@ -75,13 +75,13 @@ def test_one_step_takes_the_memory_that_is_forecast(stage: str, zero: int, check
 
 
 def test_what_does_not_fit_is_refused_and_what_is_offered_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*MODEL, "stage=2_multitask", "stage.activation_checkpointing=none", "cluster=h100", "deepspeed=zero1"]
-    words += ["cluster.device_memory_gb=0.8", "cluster.reserved_gb=0.1", "stage.global_batch_packs=64"]
+    words = [*MODEL, "stage=2_multitask", "stage.activation_checkpointing=none", "cluster=h100", "deepspeed=zero2"]
+    words += ["cluster.device_memory_gb=0.6", "cluster.reserved_gb=0.1", "stage.global_batch_packs=64"]
     recipe = compose.load_settings(ForecastSettings, "forecast", words)
     found = forecast(recipe)
     wrong = problems(found, recipe.cluster)
     assert len(wrong) == 1
-    assert "cluster.device_memory_gb=0.8" in wrong[0]
+    assert "cluster.device_memory_gb=0.6" in wrong[0]
     offered = remedies(recipe, found)
     assert "stage.activation_checkpointing=full" in [change.overrides for change in offered]
     for change in offered:
