@@ -34,8 +34,9 @@ A shard is a WebDataset .tar. Files that share a name up to the first dot are on
                              {"role": "assistant", "content": "A lighthouse."}], "task": "vqa"}
   000017.0.jpg
 
-Image + caption pairs (.jpg + .txt, or .jpg + .json with "caption") and pure text (.txt) are read as well. Training
-needs an index beside each shard, because it plans every step before it opens a shard.
+Image + caption pairs (.jpg + .txt, or .jpg + .json with "caption"), LLaVA conversations, interleaved documents, videos
+(.mp4), pure text (.txt) and folders prepared for megatron-energon are read as well; docs/data.md has the layouts.
+Training needs an index beside each shard, because it plans every step before it opens a shard.
 """
 EXAMPLES = """\
 examples:
@@ -82,11 +83,16 @@ def _asked(words: Sequence[str]) -> Sequence[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``keye-data``."""
     words = sys.argv[1:] if argv is None else argv
-    arguments = build_parser(_asked(words)).parse_args(words)
-    logging.basicConfig(
-        level=logging.DEBUG if arguments.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
-    guarded(f"keye-data {arguments.command}", lambda: int(arguments.run(arguments)), also=(OSError,))
+    asked = _asked(words)
+
+    def work() -> int:
+        arguments = build_parser(asked).parse_args(words)  # imports the command, which takes seconds
+        logging.basicConfig(
+            level=logging.DEBUG if arguments.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+        )
+        return int(arguments.run(arguments))
+
+    guarded(" ".join(["keye-data", *asked]), work, also=(OSError,))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ The index belongs to one shard and one tokenizer: after a change of either, inde
 Shards whose index fits are skipped, so an interrupted command can simply be run again: an index that is newer than its
 shard and has its size is taken as fitting, any other one is compared with the checksum of the shard (--force indexes
 again). An index of an earlier version that fits gets its file of sizes from its parquet file.
- Samples that cannot be read get a row with the reason; training leaves them out and names them in its ledger.
+
+Samples that cannot be read get a row with the reason; training leaves them out and names them in its ledger.
 
 Where more than a plain header has to be read, a sample is held to --decode-seconds and --decode-bytes; one that takes
 more, or that crashes its decoder, is such a sample.

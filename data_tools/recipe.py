@@ -47,6 +47,8 @@ def read_recipe(words: Sequence[str], options: type[T], recipes: str | None = No
     values: dict[str, Any] = {}
     for word in own:
         name, _, value = word.partition("=")
+        if not value:
+            raise SettingsError(f"'{word}' has no value: write {name}=VALUE, or leave it out")
         if lists[name]:
             values[name] = [item.strip(" '\"") for item in value.strip("[]").split(",") if item.strip()]
         else:

@@ -17,6 +17,7 @@ from keye_train.data.index import read_columns
 from keye_train.data.opening import open_headers
 from keye_train.data.paths import find_shards
 from keye_train.settings import ResolutionSettings, StorageSettings
+from keye_train.settings.data import check_resolution
 
 DESCRIPTION = """\
 Count samples, tokens and patches, per task and in all, from the indexes: no shard is opened. Tokens and patches of
@@ -75,7 +76,7 @@ def read_resolution(assignments: list[str]) -> ResolutionSettings:
     """Resolution settings with some values changed.
 
     Raises:
-        ValueError: not NAME=VALUE, or no such setting.
+        ValueError: not NAME=VALUE, no such setting, or values that cannot work together.
     """
     resolution = ResolutionSettings()
     for assignment in assignments:
@@ -87,6 +88,7 @@ def read_resolution(assignments: list[str]) -> ResolutionSettings:
             setattr(resolution, name, kind(value))
         except ValueError as error:
             raise ValueError(f"--set {assignment}: {value!r} is no {kind.__name__}") from error
+    check_resolution(resolution)
     return resolution
 
 

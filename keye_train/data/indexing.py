@@ -7,6 +7,7 @@ resolution settings.
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -93,7 +94,9 @@ def build_index(
     files.close()
     bad = rows - columns["error"].count(None)
     if bad:
-        log.warning("%s: %d of %d samples cannot be read; see `keye-data check %s`", shard, bad, rows, shard)
+        log.warning(
+            "%s: %d of %d samples cannot be read; see `keye-data check %s`", shard, bad, rows, shlex.quote(shard)
+        )
     return ShardHeader(shard, rows, total, metadata["shard_sha256"], fingerprint, metadata["layout"], True)
 
 

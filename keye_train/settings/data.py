@@ -212,6 +212,21 @@ class DataSettings:
     """The run stops when more than this share of the samples, over all ranks, could not be read."""
 
 
+def check_resolution(resolution: ResolutionSettings) -> None:
+    """Raise SettingsError for values that cannot work together."""
+    pairs = (
+        ("image_min_tokens", "image_max_tokens"),
+        ("video_frame_min_tokens", "video_frame_max_tokens"),
+        ("video_frame_min_tokens", "video_max_tokens"),
+        ("video_min_frames", "video_max_frames"),
+    )
+    for low, high in pairs:
+        if not 0 < getattr(resolution, low) <= getattr(resolution, high):
+            raise SettingsError(f"data.resolution.{low} must be above 0 and at most data.resolution.{high}")
+    if resolution.video_fps <= 0:
+        raise SettingsError("data.resolution.video_fps must be above 0")
+
+
 def check_data(data: DataSettings) -> None:
     """Raise SettingsError for values that cannot work together."""
     for mixture, weights in data.mixtures.items():
@@ -232,18 +247,7 @@ def check_data(data: DataSettings) -> None:
         for prompt in task.prompts:
             if prompt.count("{}") != 1 or prompt.count("{") != 1 or prompt.count("}") != 1:
                 raise SettingsError(f"data.zeroshot.{name}.prompts: '{prompt}' needs {{}} once, where the word goes")
-    resolution = data.resolution
-    pairs = (
-        ("image_min_tokens", "image_max_tokens"),
-        ("video_frame_min_tokens", "video_frame_max_tokens"),
-        ("video_frame_min_tokens", "video_max_tokens"),
-        ("video_min_frames", "video_max_frames"),
-    )
-    for low, high in pairs:
-        if not 0 < getattr(resolution, low) <= getattr(resolution, high):
-            raise SettingsError(f"data.resolution.{low} must be above 0 and at most data.resolution.{high}")
-    if resolution.video_fps <= 0:
-        raise SettingsError("data.resolution.video_fps must be above 0")
+    check_resolution(data.resolution)
     _check_overlong(data)
     if data.balance_packs is not None and data.balance_packs < 1:
         raise SettingsError(f"data.balance_packs={data.balance_packs} must be at least 1, or null")

@@ -204,6 +204,7 @@ def test_stats_of_a_shard_that_was_written_anew_are_refused(
     index_path(shard).unlink()
     assert f"has no index; run: keye-data index {shard} --tokenizer DIR" in refused("stats", shard)
     assert "'fast' is no float" in refused("stats", shard, "--set", "video_fps=fast")
+    assert "image_min_tokens must be above 0 and at most" in refused("stats", shard, "--set", "image_min_tokens=99999")
 
 
 def test_what_a_sample_says_of_itself_steers_no_terminal(

@@ -177,6 +177,8 @@ def test_the_command_writes_text_json_and_a_page(
         (("mfu=40",), "mfu=40.0 is a share"),
         (("stage.max_token=5",), "Did you mean 'max_tokens'?"),
         (("steps=many",), "steps"),
+        (("steps=",), "'steps=' has no value: write steps=VALUE"),
+        (("out",), "'out' has no value"),
     ],
 )
 def test_mistakes_name_the_setting(words: tuple[str, ...], message: str, recipes: Path, refused: Refused) -> None:
