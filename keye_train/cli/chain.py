@@ -154,7 +154,7 @@ def report_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="folder of a pipeline or of one run")
     parser.add_argument("--out", type=Path, default=None, help="file to write (default: RUN/report.html)")
     arguments = parser.parse_args(argv)
-    from keye_train.report import write_report
+    from keye_train.report.page import write_report
 
     guarded(
         "keye-report",

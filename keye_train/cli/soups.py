@@ -79,8 +79,7 @@ def _search(settings: SoupSettings) -> int:
 
 
 def _page(out: str, title: str, **parts: Any) -> int:
-    from keye_train.report import write_merge_page
-    from keye_train.report.merge_page import PAGE
+    from keye_train.report.merge_page import PAGE, write_merge_page
 
     print(f"page:    {write_merge_page(Path(out) / PAGE, title, **parts)}")
     return 0

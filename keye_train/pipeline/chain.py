@@ -50,7 +50,7 @@ def run_pipeline(settings: PipelineSettings) -> int:
         return 130
     out = Path(settings.out)
     runs.write_json_atomic(out / STATE, _state(settings, clock))
-    from keye_train.report import write_report
+    from keye_train.report.page import write_report
 
     page = write_report(out, out / REPORT)
     clock.table(Console())

@@ -22,7 +22,7 @@ from keye_train.merging import MergeError, merge
 from keye_train.merging import windows as windows_module
 from keye_train.merging.diagnosis import diagnose, is_diagnosed, module_of
 from keye_train.model.parameters import PACKING_TABLE, POOLING_HEAD
-from keye_train.report import write_merge_page
+from keye_train.report.merge_page import write_merge_page
 from keye_train.settings import DiagnosisSettings, MergeSettings, SettingsError
 
 NAMES = {

@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from keye_train.compose import load_settings
+from keye_train.pipeline import stage_settings
 from keye_train.report.lines import curve_lines, diagnosis_lines, soup_lines
+from keye_train.settings import PipelineSettings
+from keye_train.training.trainer import train
 
 pytest.importorskip("sklearn", reason="the demo's pictures come from the [demo] extra")
 pytestmark = pytest.mark.timeout(600)  # one chain stands behind most of these tests
@@ -127,12 +131,13 @@ def test_a_second_call_keeps_what_is_finished(chain: Path) -> None:
         assert lines(json.loads((chain / file).read_text()), file) + "\n" in done.stdout
 
 
-def test_an_interrupted_chain_goes_on_to_the_same_weights(chain: Path) -> None:
-    """Against its first stages, never stopped."""
-    first_two = ("stages.stage2.enabled=false", "stages.stage3.enabled=false", "merged=[]", "soup=null")
-    done = _run(chain, "out=runs/straight", "prepare=[]", *first_two)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_an_interrupted_chain_goes_on_to_the_same_weights(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against its first stages, never stopped, each trained from the export of the one before."""
+    monkeypatch.chdir(chain)
+    settings = load_settings(PipelineSettings, "pipeline", ["pipeline=smoke", "out=runs/straight"])
     for name in ("stage0", "stage1"):
+        (run,) = (run for run in settings.runs() if run.name == name)
+        assert train(stage_settings(settings, run)) == 0
         ours = (chain / "runs" / "smoke" / name / "export" / "model.safetensors").read_bytes()
         assert ours == (chain / "runs" / "straight" / name / "export" / "model.safetensors").read_bytes()
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from keye_train.merging.verdict import judge
-from keye_train.report import write_merge_page
 from keye_train.report.charts import signed
 from keye_train.report.lines import curve_lines, diagnosis_lines, soup_lines
+from keye_train.report.merge_page import write_merge_page
 
 FILE = Path("out/found.json")
 SEEN = {"samples": 240, "fingerprint": "f"}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from keye_train.report import write_report
 from keye_train.report.collect import clock, read_root
+from keye_train.report.page import write_report
 
 VOID = {"meta", "img", "line", "circle", "rect", "path", "br"}
 

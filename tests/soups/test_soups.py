@@ -22,8 +22,8 @@ from keye_train.evaluation.exports import Export
 from keye_train.merging import merge
 from keye_train.merging.blend import Blend
 from keye_train.merging.sources import opened
-from keye_train.report import write_merge_page
 from keye_train.report.lines import soup_lines
+from keye_train.report.merge_page import write_merge_page
 from keye_train.runs import file_sha256, read_json
 from keye_train.settings import (
     CurveSettings,
