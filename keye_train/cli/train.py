@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -38,6 +39,8 @@ def train_main(argv: Sequence[str] | None = None) -> None:
 
     def work(settings: TrainSettings) -> int:
         from keye_train.training.trainer import train
+
+        gc.freeze()  # what is imported stays: no collection walks through it again, which takes 0.3 s
 
         return train(settings) or 0
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Only what the worker processes need: each of them imports this file.
+from keye_train.data import reader_server
 from keye_train.model.contrastive import siglip_loss, siglip_loss_distributed
 
 WIDTH = 8
@@ -83,7 +84,8 @@ def _rank_work(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of four processes found."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(_rank_work, args=(str(folder),), nprocs=4)
+    reader_server.prepare("keye_train.data.loader")  # the server of other tests' readers, too
+    multiprocessing.start_processes(_rank_work, args=(str(folder),), nprocs=4, start_method="forkserver")
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(4)]
 
 

@@ -19,13 +19,13 @@ from keye_train.settings import PipelineSettings
 from keye_train.training.trainer import train
 
 pytest.importorskip("sklearn", reason="the demo's pictures come from the [demo] extra")
-pytestmark = pytest.mark.timeout(600)  # one chain stands behind most of these tests
+pytestmark = pytest.mark.timeout(900)  # one chain stands behind most of these tests
 
 PROGRAM = [str(Path(sys.executable).parent / "keye-pipeline"), "pipeline=smoke"]
 RUNS = ["stage0", "stage1", "stage2", "stage3_anneal_a", "stage3_anneal_b"]
 
 
-def _run(folder: Path, *overrides: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+def _run(folder: Path, *overrides: str, timeout: float = 420) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*PROGRAM, *overrides], cwd=folder, capture_output=True, text=True, timeout=timeout, check=False
     )
