@@ -38,8 +38,9 @@ check: $(STAMP) ## style, types and import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-soak: $(STAMP) ## the tests that take long, and a run killed KILLS times (make soak KILLS=20 SEED=1)
+soak: $(STAMP) ## the tests that take long, properties on other values, a run killed KILLS times (make soak KILLS=20 SEED=1)
 	$(QUIET) $(BIN)/python -m pytest -m slow --timeout 3600
+	$(QUIET) $(BIN)/python -m pytest -n 2 -m "hypothesis and not slow" --hypothesis-profile other
 	$(QUIET) $(BIN)/python tests/training/soak.py --kills $(KILLS) --seed $(SEED)
 
 bench: $(STAMP) ## measure; writes dated files under benchmarks/results

@@ -26,7 +26,7 @@ DIRECT_BYTES = 1 << 20
 SAMPLES = 64
 """Bytes of a file that are looked for in the page cache."""
 
-PIECE_ELEMENTS = 1 << 20  # of one tensor, handled at a time: small enough for the caches, large enough for the disk
+PIECE_ELEMENTS = 1 << 21  # of one tensor, handled at a time: large enough for the disk, and for threads to seldom meet
 
 
 class Files:

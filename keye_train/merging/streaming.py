@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BUDGET_BYTES = 512 << 20  # for the values under way in all threads together
-ENOUGH = 8
+ENOUGH = 6
 """Threads that keep a disk busy."""
 
 

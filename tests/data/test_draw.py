@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from toy_shards import toy_resolution, toy_settings
 from transformers import PreTrainedTokenizerFast
 
-from keye_train.data import columns, index
+from keye_train.data import columns, opening
 from keye_train.data.blocks import BlockShuffle, row_order
 from keye_train.data.corpus import Corpus, Looked, Sizes, Source
 from keye_train.data.cost import PackCost
@@ -282,7 +282,7 @@ def test_sizes_do_not_depend_on_how_they_are_read(
     monkeypatch.setattr(columns, "PART_ROWS", 10)
     cache = tmp_path if cached else None
     if cached:
-        monkeypatch.setattr(index, "_account", lambda *_: None)  # indexes of an earlier version
+        monkeypatch.setattr(opening, "_account", lambda *_: None)  # indexes of an earlier version
     source = opened(cache)
     for _ in range(2):
         rows = np.random.default_rng(0).permutation(48)
@@ -302,7 +302,7 @@ def test_what_cannot_be_read_keeps_its_reason_in_the_cache(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(index, "_account", lambda *_: None)  # an index of an earlier version
+    monkeypatch.setattr(opening, "_account", lambda *_: None)  # an index of an earlier version
     shard = make_shard(tmp_path / "a.tar", [{"txt": b"one"}, {"json": b"{"}, {"jpg": b"no", "txt": b"x"}])
     sources = {"a": SourceSettings([str(shard)], filter="text_tokens > 0")}
     for _ in range(2):
@@ -324,7 +324,7 @@ def test_kept_sizes_are_of_one_tokenizer(
 ) -> None:
     """The same shard under two tokenizers, whose indexes differ, from one cache."""
     shard = make_shard(tmp_path / "a.tar", [{"txt": b"one<|more|>"}])
-    monkeypatch.setattr(index, "_account", lambda *_: None)  # indexes of an earlier version
+    monkeypatch.setattr(opening, "_account", lambda *_: None)  # indexes of an earlier version
     counts = []
     for folder in (tokenizer_dir, foreign_tokenizer_dir):
         build_index(shard, PreTrainedTokenizerFast.from_pretrained(folder), tokenizer_fingerprint(folder))

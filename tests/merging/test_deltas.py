@@ -71,8 +71,11 @@ def test_ties_is_the_published_algorithm(
     elected = torch.sign((w * trimmed).sum(0))
     agree = (torch.sign(trimmed) == elected) & (elected != 0)
     mean = (w * trimmed * agree).sum(0) / (w * agree).sum(0).clamp(min=1e-300)
-    expected = round_once(base.double() + 0.7 * mean, dtype)
-    torch.testing.assert_close(merged(rule, [*tensors, base], dtype), expected, rtol=1e-6, atol=1e-6)
+    # Float64 in another order may come to the other side of the middle between two values.
+    expected = base.double() + 0.7 * mean
+    below, above = (round_once(expected + error, dtype) for error in (-1e-12, 1e-12))
+    found = merged(rule, [*tensors, base], dtype)
+    assert ((below <= found) & (found <= above)).all()
     order = data.draw(st.permutations(range(count)))
     rule = DeltaRule([weights[i] for i in order], True, 0.7, [thresholds[i] for i in order])
     shuffled = merged(rule, [*(tensors[i] for i in order), base], dtype)
