@@ -12,8 +12,9 @@
 Three models of one architecture in bfloat16, one file each, values of the size of weights. Every measurement is a
 process of its own. It starts with the inputs dropped from the page cache ("disk"), or in it ("cached"), as those of
 models that were just trained are; and ends when the result is on the disk: copying and ours sync what they wrote, for
-mergekit it is done here ("of it sync, s"). The rivals take turns. ``measure`` may be called several times: the report
-takes the median of all.
+mergekit it is done here ("of it sync, s"). The rivals take turns, and the disk rests before each (``--rest``): that of
+a virtual machine is fast for a while and slower once that is used up. ``measure`` may be called several times: the
+report takes the median of all.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def prepare(folder: Path, gigabytes: float) -> None:
     print(f"{layers} layers, {(folder / 'a' / 'model.safetensors').stat().st_size:,} bytes each")
 
 
-def measure(folder: Path, mergekit: Path | None, dtype: str, inputs: str, only: Sequence[str]) -> None:
+def measure(
+    folder: Path, mergekit: Path | None, dtype: str, inputs: str, only: Sequence[str], rest_s: float = 0.0
+) -> None:
     """One turn of every rival with inputs "disk" or "cached"; rows are added to FOLDER/rows.jsonl."""
     rivals: dict[str, tuple[list[str], dict[str, str]]] = {
         "copy": (["sh", "-c", _copy_script(folder, dtype)], {}),
@@ -96,6 +99,7 @@ def measure(folder: Path, mergekit: Path | None, dtype: str, inputs: str, only: 
         shutil.rmtree(folder / "out", ignore_errors=True)
         (folder / "copied").unlink(missing_ok=True)
         _settle(folder, inputs == "cached")
+        time.sleep(rest_s)
         started = time.perf_counter()
         usage = _run(command, environment)
         ended = time.perf_counter()
@@ -194,14 +198,14 @@ def report(folder: Path) -> None:
     result.write()
 
 
-def everything(gigabytes: float, mergekit: Path | None, dtype: str, turns: int) -> None:
+def everything(gigabytes: float, mergekit: Path | None, dtype: str, turns: int, rest_s: float) -> None:
     """Prepare, measure in turns, report; in ``FOLDER``, which is removed afterwards."""
     FOLDER.mkdir(parents=True)
     try:
         prepare(FOLDER, gigabytes)
         for _ in range(turns):
             for inputs in INPUTS:
-                measure(FOLDER, mergekit, dtype, inputs, [])
+                measure(FOLDER, mergekit, dtype, inputs, [], rest_s)
         report(FOLDER)
     finally:
         shutil.rmtree(FOLDER)
@@ -235,16 +239,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--only", nargs="*", default=[], help="measure: these rivals alone")
     parser.add_argument("--inputs", nargs="+", default=INPUTS, choices=INPUTS, help="measure: where they are")
+    parser.add_argument("--rest", type=float, default=0, help="seconds before each measurement (default: 0)")
     parser.add_argument("--turns", type=int, default=3, help="all: turns of every rival (default: 3)")
     arguments = parser.parse_args(argv)
     _check(parser, arguments)
     if arguments.command == "all":
-        everything(arguments.gb, arguments.mergekit, arguments.dtype, arguments.turns)
+        everything(arguments.gb, arguments.mergekit, arguments.dtype, arguments.turns, arguments.rest)
     elif arguments.command == "prepare":
         prepare(arguments.folder, arguments.gb)
     elif arguments.command == "measure":
         for inputs in arguments.inputs:
-            measure(arguments.folder, arguments.mergekit, arguments.dtype, inputs, arguments.only)
+            measure(arguments.folder, arguments.mergekit, arguments.dtype, inputs, arguments.only, arguments.rest)
     else:
         report(arguments.folder)
 
