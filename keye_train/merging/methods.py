@@ -96,7 +96,8 @@ def combine(out: Tensor, values: Sequence[Tensor], weights: Sequence[float], mea
         weighted_sum([parts[i] for i in used], shares, exact, total)
         if whole != 1:
             total.div_(whole)
-        round_into(out[begin : begin + STRIDE], total)
+        rounded = out[begin : begin + STRIDE]
+        rounded.copy_(total if out.dtype == torch.float32 else round_once(total, out.dtype))
     return all_are_finite and all_finite(out)
 
 
@@ -177,14 +178,6 @@ def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite; of a contiguous tensor of ``AVERAGED_DTYPES`` on the CPU."""
     # Such a value makes the sum such a value. So does a sum that float32 cannot hold: then the values are looked at.
     return math.isfinite(tensor.sum(dtype=torch.float32).item()) or scan_values([tensor.view(-1)])[0]
-
-
-def round_into(out: Tensor, values: Tensor) -> None:
-    """``round_once`` to the type of ``out`` and into it."""
-    if out.dtype == torch.float32:
-        out.copy_(values)
-    else:
-        out.copy_(round_once(values, out.dtype))
 
 
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -25,7 +25,11 @@ from keye_train.settings.merge_methods import METHODS
 
 
 class _Refused(Exception):
-    """The values of a tensor cannot be merged; which and why is looked up for all tensors then."""
+    """The values of a tensor cannot be merged; why, and which others cannot, is looked up for all tensors then."""
+
+    def __init__(self, tensor: str) -> None:
+        super().__init__(tensor)
+        self.tensor = tensor
 
 
 def merge_weights(
@@ -55,13 +59,14 @@ def merge_weights(
         for file, tensors in shards.items():
             with ShardFile(folder / file, tensors) as shard:
                 job = _ShardJob(readers, accounts, settings, workers, hashes)
-                with closing(workers.in_order(job.tasks(tensors), hashes.give_up)) as results:
-                    for memory, piece in results:
-                        if piece is None:
-                            raise MergeError(job.reasons())
-                        shard.write(piece)
-                        bar.update(piece.nbytes)
-                        workers.outputs.put(memory)
+                try:
+                    with closing(workers.in_order(job.tasks(tensors), hashes.give_up)) as results:
+                        for memory, piece in results:
+                            shard.write(piece)
+                            bar.update(piece.nbytes)
+                            workers.outputs.put(memory)
+                except _Refused as refused:
+                    raise MergeError(job.reasons(refused.tensor)) from None
             yield file, shard.sha256
 
 
@@ -78,13 +83,11 @@ class _ShardJob:
     ) -> None:
         self.readers, self.accounts, self.settings = readers, accounts, settings
         self.workers, self.hashes = workers, hashes
-        self.current = ""
         self.scanned = False  # the tensor at hand was read once already, and may still be in the page cache
 
-    def tasks(self, tensors: Sequence[PlannedTensor]) -> Iterator[Callable[[], tuple[Tensor, Tensor | None]]]:
+    def tasks(self, tensors: Sequence[PlannedTensor]) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
         """One task for each piece, in the order of the file."""
         for tensor in tensors:
-            self.current = tensor.name
             share = self.accounts.shares[tensor.name]
             self.scanned = False
             rule = self._rule(share)
@@ -94,14 +97,13 @@ class _ShardJob:
                     self._read_ahead(share, begin + count)
                 yield partial(self._merge_piece, share, rule, read, begin, count)
 
-    def reasons(self) -> list[str]:
-        """Why the values cannot be averaged, for all tensors and not only for the one that failed first."""
+    def reasons(self, first: str) -> list[str]:
+        """Why the values cannot be averaged, for all tensors and not only for the ``first`` that failed."""
         shares = self.accounts.shares
         merged = [name for name, share in shares.items() if share.merged]
         copied = [name for name, share in shares.items() if share.must_agree]
         return value_problems(self.readers, merged + copied) or [
-            f"{self.current}: its average does not fit {shares[self.current].planned.dtype}: choose dtype=float32 or "
-            "dtype=bfloat16"
+            f"{first}: its average does not fit {shares[first].planned.dtype}: choose dtype=float32 or dtype=bfloat16"
         ]
 
     def _rule(self, share: Share) -> Rule:
@@ -117,8 +119,6 @@ class _ShardJob:
             weights = [1.0] * len(weights)  # none of the models that have the tensor was given a weight
         try:
             return rule_for(self.settings, name, weights, share.planned.elements, partial(self._scan, share))
-        except _Refused:
-            raise MergeError(self.reasons()) from None
         except ValueError as error:
             raise MergeError([f"{name}: {error}; choose another method"]) from error
 
@@ -129,14 +129,14 @@ class _ShardJob:
             pieces = self._read(share, begin, count)
             with self.workers.computing:
                 if not scan_values(pieces)[0]:
-                    raise _Refused
+                    raise _Refused(share.planned.name)
                 return look(pieces, begin)
 
         return self.workers.in_order(partial(task, begin, count) for begin, count in self._pieces(share.planned))
 
     def _merge_piece(
         self, share: Share, rule: Rule, read: Callable[[Share, int, int], list[Tensor]], begin: int, count: int
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         try:
             pieces = read(share, begin, count)
         except BaseException:
@@ -150,8 +150,9 @@ class _ShardJob:
             memory = torch.empty(self.workers.piece_elements * dtype.itemsize, dtype=torch.uint8)
         out = memory[: count * dtype.itemsize].view(dtype)
         with self.workers.computing:
-            fits = rule(pieces, begin, out)
-        return memory, out if fits else None
+            if not rule(pieces, begin, out):
+                raise _Refused(share.planned.name)
+        return memory, out
 
     def _read(self, share: Share, begin: int, count: int) -> list[Tensor]:
         pieces = []

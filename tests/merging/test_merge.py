@@ -179,8 +179,9 @@ class TestRefusal:
         assert leftovers(tmp_path) == []
 
     def test_mean_that_does_not_fit_the_dtype(self, export: Export, tmp_path: Path) -> None:
-        folders = [export(name, {"w": torch.tensor([1e6])}) for name in "ab"]
-        with pytest.raises(MergeError, match=r"w: its average does not fit torch.float16: choose"):
+        large, fits = {"w": torch.tensor([1e6])}, {f"x{number}": torch.ones(1) for number in range(30)}
+        folders = [export(name, large | fits) for name in "ab"]  # work on the others has begun by then
+        with pytest.raises(MergeError, match=r"- w: its average does not fit torch.float16: choose"):
             run(folders, tmp_path / "out", dtype="float16")
 
     def test_file_cut_off(self, export: Export, tmp_path: Path) -> None:
