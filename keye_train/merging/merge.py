@@ -36,6 +36,11 @@ from keye_train.settings import MergeMethod, MergeSettings, SettingsError
 
 logger = logging.getLogger(__name__)
 
+
+class OtherOutput(SettingsError):
+    """``out`` exists and holds something else than this merge."""
+
+
 Described = Callable[[], dict[str, Any]]
 """Size, time and SHA-256 of a file, once it is known."""
 
@@ -57,7 +62,8 @@ def merge(settings: MergeSettings, progress: bool = True) -> Path:
         The output folder.
 
     Raises:
-        SettingsError: impossible settings, or ``out`` exists and is something else.
+        SettingsError: impossible settings.
+        OtherOutput: ``out`` exists and is something else.
         FileNotFoundError: a model is not there, or lacks a file.
         ExportError: a file of a model is cut off.
         MergeError: the models differ, or hold values that are not finite; it lists every reason.
@@ -130,18 +136,18 @@ def _request(settings: MergeSettings, readers: Sequence[ExportReader]) -> dict[s
 
 
 def _check_existing(out: Path, request: dict[str, Any], readers: Sequence[ExportReader]) -> None:
-    """Pass where ``out`` is the finished result of this request on these inputs; raise SettingsError elsewhere."""
+    """Pass where ``out`` is the finished result of this request on these inputs; raise OtherOutput elsewhere."""
     advice = f"remove {out} or choose another out=..."
     if not (out / MANIFEST).exists():
-        raise SettingsError(f"out={out} exists and is no merge of ours (it has no {MANIFEST}): {advice}")
+        raise OtherOutput(f"out={out} exists and is no merge of ours (it has no {MANIFEST}): {advice}")
     manifest = read_json(out / MANIFEST)
     if manifest.get("request") != request:
-        raise SettingsError(f"out={out} holds something else than this merge (see its {MANIFEST}): {advice}")
+        raise OtherOutput(f"out={out} holds something else than this merge (see its {MANIFEST}): {advice}")
     for reader, files, parent in zip(readers, _input_files(readers), manifest["parents"], strict=True):
         written = parent["files"]
         for name in sorted(files.keys() | written.keys()):
             if name not in written or name not in files or not _same(files[name], written[name]):
-                raise SettingsError(f"out={out} was merged before {name} of {reader.origin} changed: {advice}")
+                raise OtherOutput(f"out={out} was merged before {name} of {reader.origin} changed: {advice}")
 
 
 def _same(file: Path, written: dict[str, Any]) -> bool:

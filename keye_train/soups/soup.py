@@ -20,6 +20,7 @@ import numpy as np
 from keye_train.evaluation.candidates import Values
 from keye_train.evaluation.heldout import Heldout, content_sha256, read_tasks
 from keye_train.merging import merge
+from keye_train.merging.merge import OtherOutput
 from keye_train.runs import commit, versions, write_json_atomic
 from keye_train.settings import (
     EvaluationSettings,
@@ -238,7 +239,7 @@ def _place(folder: Path, settings: SoupSettings, weights: Sequence[float] | None
         try:
             if wanted is not None:
                 return merge(wanted, progress)  # kept, where it is that very soup
-        except SettingsError as error:  # other weights, other models, or the same ones at another place
+        except OtherOutput as error:  # other weights, other models, or the same ones at another place
             logger.debug("%s", error)
         logger.info("%s: what an earlier search found is removed", folder)
         shutil.rmtree(folder)

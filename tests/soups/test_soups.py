@@ -242,6 +242,12 @@ def test_a_soup_that_is_no_longer_accepted_is_removed(searched: Any, world: Any,
     moved = [str(shutil.copytree(model, tmp_path / "moved" / Path(model).name)) for model in settings.models]
     assert _place(folder, replace(settings, models=moved), (0.0, 0.5, 0.5), False) == folder
     assert str(tmp_path / "moved") in json.loads((folder / "manifest.json").read_text())["request"]["models"][0]
+    pickles = tmp_path / "pickles"
+    pickles.mkdir()
+    (pickles / "model.bin").touch()
+    with pytest.raises(SettingsError, match=r"model\.bin, a pickle"):  # says nothing about what stands there
+        _place(folder, replace(settings, models=[str(pickles), *moved[1:]]), (0.0, 0.5, 0.5), False)
+    assert (folder / "manifest.json").exists()
     assert _place(folder, settings, None, False) is None
     assert not folder.exists()
 
