@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import io
 import json
 import logging
@@ -17,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools.index_cmd import index_shards
-from data_tools.shards import remove_shard, sample_key, write_shards
+from data_tools.shards import remove_shard, sample_key, write_shards, written_shards
 from keye_train.data.index import tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--split", default="train", help="split of a saved DatasetDict (%(default)s)")
     parser.add_argument("--shard-samples", type=int, default=10_000, metavar="N", help="at most (%(default)s)")
     parser.add_argument("--shard-mb", type=int, default=1000, metavar="MB", help="at most (%(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the shards NAME-*.tar that --out has")
+    parser.add_argument("--overwrite", action="store_true", help="replace the shards NAME-NUMBER.tar that --out has")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that index (%(default)s)")
     parser.set_defaults(run=run)
 
@@ -83,11 +82,11 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer_fingerprint(arguments.tokenizer)  # a wrong folder is told before the work, not after it
     table = open_table(arguments.table, arguments.split)
     check_columns(table, columns)
-    before = set(arguments.out.glob(f"{glob.escape(arguments.name)}-*.tar"))
+    before = written_shards(arguments.out, arguments.name)
     if before and not arguments.overwrite:
         raise ValueError(
-            f"{arguments.out} has {len(before)} shards {arguments.name}-*.tar, which would stand beside the new ones: "
-            "give another --out or --name, or --overwrite to replace them"
+            f"{arguments.out} has {len(before)} shards {arguments.name}-NUMBER.tar, which would stand beside the new "
+            "ones: give another --out or --name, or --overwrite to replace them"
         )
     base = arguments.table if arguments.table.is_dir() else arguments.table.parent
     samples = table_samples(table, columns, base)

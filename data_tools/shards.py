@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,12 @@ def write_shards(
     while waiting.current is not None:
         yield write_shard(Path(folder) / f"{name}-{number:05d}.tar", waiting.take(max_samples, max_bytes))
         number += 1
+
+
+def written_shards(folder: Path, name: str) -> set[Path]:
+    """The shards that ``write_shards`` has written there under this name; not those of NAME-MORE."""
+    pattern = re.compile(re.escape(name) + r"-\d{5,}\.tar")
+    return {path for path in folder.glob("*.tar") if pattern.fullmatch(path.name)}
 
 
 class _Peekable:

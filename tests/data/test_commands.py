@@ -310,9 +310,10 @@ def test_ingest_leaves_no_shard_of_an_earlier_table(tmp_path: Path, tokenizer_di
     rows.write_text("".join(json.dumps({"text": f"old {number}"}) + "\n" for number in range(3)))
     assert keye_data(*words, "--shard-samples", 1) == 0
     rows.write_text('{"text": "new"}\n')
-    assert "has 3 shards shard-*.tar" in refused(*words)
+    (out / "shard-of-another-table-00001.tar").touch()
+    assert "has 3 shards shard-NUMBER.tar" in refused(*words)
     assert keye_data(*words, "--overwrite") == 0
-    assert {path.name.partition(".")[0] for path in out.iterdir()} == {"shard-00000"}
+    assert {path.name.partition(".")[0] for path in out.iterdir()} == {"shard-00000", "shard-of-another-table-00001"}
     assert [sample.messages[0]["content"] for sample in read_samples(out / "shard-00000.tar")] == ["new"]
     assert "--shard-samples and --shard-mb are at least 1" in refused(*words, "--shard-samples", 0)
 
