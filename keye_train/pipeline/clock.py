@@ -68,6 +68,11 @@ class Clock:
         table.add_column("part")
         table.add_column("seconds", justify="right")
         for part in self.parts:
-            table.add_row(part.name, "kept" if part.kept else f"{part.seconds:.0f}")
-        table.add_row("total", f"{sum(part.seconds for part in self.parts):.0f}")
+            table.add_row(part.name, "kept" if part.kept else _seconds(part.seconds))
+        table.add_row("total", _seconds(sum(part.seconds for part in self.parts)))
         console.print(table)
+
+
+def _seconds(value: float) -> str:
+    """Whole ones, of short parts with a decimal: 0 would look like a part that did nothing."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"

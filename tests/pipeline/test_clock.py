@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from rich.console import Console
 
 from keye_train.pipeline.clock import Clock
 
@@ -33,5 +34,9 @@ def test_the_time_left_goes_by_the_work_of_the_parts(
     clock.end("stage1")
     clock.begin("stage2")
     assert "[4/5] stage2  (about 4 min of training left)" in capsys.readouterr().out
+    now[0] += 0.4
     clock.end("stage2")
     assert sorted(asked) == ["stage1", "stage2"]  # once each, and those kept never
+    shown = Console(record=True, width=40)
+    clock.table(shown)
+    assert "0.4" in shown.export_text()  # not "0", as if nothing had been done
