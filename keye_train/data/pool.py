@@ -227,7 +227,8 @@ class _ReaderProcess:
             raise _EndedBySample(sample, self._limits.too_slow())
 
     def terminate(self) -> None:
-        self._process.kill()  # SIGTERM is blocked there
+        if self._process.is_alive():  # else the server has waited for it, and its number may be another process's
+            self._process.kill()  # SIGTERM is blocked there
 
     def join(self) -> None:
         self._process.join(JOIN_SECONDS)
@@ -278,5 +279,5 @@ def _serve(
             failure = (kind, str(error), traceback.format_exc())
         try:
             sender.send((result, failure), slot)
-        except BrokenPipeError:
+        except (BrokenPipeError, ConnectionResetError):
             return

@@ -5,7 +5,7 @@ no state of the run: forking it is safe, where forking the training process, bes
 not. The threads that imports leave are OpenBLAS's and jemalloc's, idle, and both libraries prepare them for a fork.
 Readers share those pages, and one that is replaced is there in milliseconds.
 
-It ends with the process that started it, however that ends.
+It ends with the process that started it, however that ends, and the last reader.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 
 from keye_train.data.stacks import STACK_SIGNAL
+from keye_train.settings import SettingsError
 
 DEAF_TO = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, STACK_SIGNAL}
 """Blocked in a reader from its first instruction on; ``STACK_SIGNAL`` until it can answer."""
@@ -29,10 +31,21 @@ def prepare(module: str) -> None:
 
     Args:
         module: home of what readers run. Another one asked for later is imported by each reader that needs it.
+
+    Raises:
+        SettingsError: the folder for temporary files, in which the server has its socket, has too long a path.
     """
     with deaf():
         context().set_forkserver_preload([__name__, module])
-        forkserver.ensure_running()
+        try:
+            forkserver.ensure_running()
+        except OSError as error:
+            if error.errno is not None:  # of the system, which is not even asked to bind such a name
+                raise
+            raise SettingsError(
+                f"TMPDIR={tempfile.gettempdir()}: its path is too long for the socket of the process that readers are "
+                "forked from: set TMPDIR to a folder whose path has at most 70 characters"
+            ) from error
 
 
 def context() -> ForkServerContext:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields
@@ -293,6 +295,30 @@ def test_a_reader_that_dies_stops_the_run(toy_sources: Sources, tokenizer_dir: P
             process.kill()
         with pytest.raises(RuntimeError, match="a reader process died"):
             list(loader)
+
+
+def test_the_number_of_a_reader_that_is_gone_gets_no_signal(
+    toy_sources: Sources, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has waited for it: by now the number may be that of somebody else's process."""
+    with make_loader(toy_settings(toy_sources, tokenizer_dir, workers=1)) as loader:
+        list(loader)
+        (reader,) = readers()
+        reader.kill()
+        psutil.wait_procs([reader], timeout=10)
+        signalled: list[int] = []
+        monkeypatch.setattr(os, "kill", lambda number, _: signalled.append(number))
+    assert not signalled
+
+
+def test_a_folder_for_temporary_files_with_too_long_a_path_is_named(tmp_path: Path) -> None:
+    """The server of readers has a socket there, and names of sockets are short."""
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    code = "from keye_train.data import reader_server; reader_server.prepare('json')"
+    environment = os.environ | {"TMPDIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert f"TMPDIR={folder}: its path is too long" in done.stderr
 
 
 def test_a_tokenizer_that_is_not_of_the_index_is_refused_before_reading(
