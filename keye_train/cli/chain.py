@@ -23,7 +23,7 @@ command again to go on after an interruption.
 """
 MERGE_HELP = """\
 Average models, a piece of a tensor at a time: float64 sums, rounded once. As many threads run as
-fit in 512 MiB, whatever the size of the models; from about 140 models (75 with a base) on, one thread takes more.
+fit in 512 MiB, whatever the size of the models; from about 400 models (75 with a base) on, one thread takes more.
 
   keye-merge models=[runs/demo/stage3_anneal_a,runs/demo/stage3_anneal_b] out=runs/merged
   keye-merge merge=weighted models=[a,b] weights=[0.7,0.3] out=runs/merged dtype=bfloat16
@@ -154,14 +154,11 @@ def report_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="folder of a pipeline or of one run")
     parser.add_argument("--out", type=Path, default=None, help="file to write (default: RUN/report.html)")
     arguments = parser.parse_args(argv)
-    from keye_train.report.page import write_report
 
-    guarded(
-        "keye-report",
-        lambda: _print_report(write_report(arguments.run, arguments.out or arguments.run / "report.html")),
-    )
+    def work() -> int:
+        from keye_train.report.page import write_report
 
+        print(f"report: {write_report(arguments.run, arguments.out or arguments.run / 'report.html')}")
+        return 0
 
-def _print_report(page: Path) -> int:
-    print(f"report: {page}")
-    return 0
+    guarded("keye-report", work)

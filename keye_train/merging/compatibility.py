@@ -62,6 +62,9 @@ IGNORED_BUDGET_KEYS = frozenset({"auto_map", "image_processor_type", "processor_
 TIE = "tie_word_embeddings"
 """Key of config.json by which output matrix and embedding are one."""
 
+OUTPUT_MATRIX = "lm_head.weight"
+"""How the name of the output matrix ends."""
+
 _ABSENT = "absent"
 
 
@@ -179,7 +182,8 @@ def _tensor_differences(first: ExportReader, other: ExportReader) -> list[Differ
     for name, place in first.places.items():
         twin = other.places.get(name)
         if twin is None:
-            found.append(Difference("missing", f"{other.origin}: has no tensor {name}, which {place.file} has"))
+            text = f"{other.origin}: has no tensor {name}, which {place.file} has"
+            found.append(Difference("missing", text + _tie_advice(name, other)))
             continue
         if twin.shape != place.shape:
             text = f"{name} has shape {list(twin.shape)}, in {place.file} {list(place.shape)}"
@@ -191,8 +195,16 @@ def _tensor_differences(first: ExportReader, other: ExportReader) -> list[Differ
             found.append(Difference("dtype" if both else "integers", text))
     for name, twin in other.places.items():
         if name not in first.places:
-            found.append(Difference("extra", f"{first.origin}: has no tensor {name}, which {twin.file} has"))
+            text = f"{first.origin}: has no tensor {name}, which {twin.file} has"
+            found.append(Difference("extra", text + _tie_advice(name, first)))
     return found
+
+
+def _tie_advice(lacking: str, reader: ExportReader) -> str:
+    """What else to do about a tensor that a model lacks: an output matrix may be its embedding."""
+    if not lacking.endswith(OUTPUT_MATRIX) or ties(reader):
+        return ""
+    return f"; where it is tied to the embedding, say so in its {CONFIG} ({TIE}: true) and allow tied"
 
 
 def _config_differences(first: Path, other: Path) -> list[Difference]:
@@ -253,6 +265,11 @@ def _missing(left: Path, right: Path) -> str:
 def _value(path: Path) -> object:
     """The value of a JSON file, so that spaces and the order of keys do not count; other files by their bytes."""
     return json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else path.read_bytes()
+
+
+def ties(reader: ExportReader) -> bool:
+    """Whether config.json says that output matrix and embedding are one; where it says nothing they are two."""
+    return any(key.split(".")[-1] == TIE and value == "true" for key, value in config_values(reader.folder).items())
 
 
 def config_values(folder: Path) -> dict[str, str]:

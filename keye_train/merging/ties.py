@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from keye_train.merging.compatibility import TIE, Difference, config_values
+from keye_train.merging.compatibility import OUTPUT_MATRIX, TIE, Difference, ties
 from keye_train.merging.reading import ExportReader
 
-_OUTPUT_MATRIX = "lm_head.weight"
 _EMBEDDING = "embed_tokens.weight"
 
 
@@ -52,7 +51,7 @@ def untie(readers: Sequence[ExportReader]) -> list[Difference]:
         One difference of the kind "tied" for each model that was changed.
     """
     tied = [(reader, embedding) for reader in readers if (embedding := _only_embedding(reader)) is not None]
-    outputs = {name for reader in readers for name in reader.places if name.endswith(_OUTPUT_MATRIX)}
+    outputs = {name for reader in readers for name in reader.places if name.endswith(OUTPUT_MATRIX)}
     if not tied or len(tied) == len(readers) or len(outputs) != 1:
         return []
     (output,) = outputs
@@ -65,9 +64,9 @@ def untie(readers: Sequence[ExportReader]) -> list[Difference]:
 
 def _stored_twice(reader: ExportReader) -> tuple[str, str] | None:
     """Names of output matrix and embedding, of a model that ties them and stores both."""
-    output = next((name for name in reader.places if name.endswith(_OUTPUT_MATRIX)), None)
+    output = next((name for name in reader.places if name.endswith(OUTPUT_MATRIX)), None)
     embeddings = [name for name in reader.places if name.endswith(_EMBEDDING)]
-    if output is None or not embeddings or not _ties(reader):
+    if output is None or not embeddings or not ties(reader):
         return None
     shape = reader.places[output].shape  # some models embed pictures or sound as well
     return output, min(embeddings, key=lambda name: reader.places[name].shape != shape)
@@ -75,13 +74,9 @@ def _stored_twice(reader: ExportReader) -> tuple[str, str] | None:
 
 def _only_embedding(reader: ExportReader) -> str | None:
     """Name of the embedding that a model uses as its output matrix too; None where it has an output matrix."""
-    if any(name.endswith(_OUTPUT_MATRIX) for name in reader.places) or not _ties(reader):
+    if any(name.endswith(OUTPUT_MATRIX) for name in reader.places) or not ties(reader):
         return None
     return next((name for name in reader.places if name.endswith(_EMBEDDING)), None)
-
-
-def _ties(reader: ExportReader) -> bool:
-    return any(key.split(".")[-1] == TIE and value == "true" for key, value in config_values(reader.folder).items())
 
 
 def _same_bytes(reader: ExportReader, output: str, embedding: str) -> bool:

@@ -135,6 +135,17 @@ def test_tied_beside_untied(export: Export, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
+def test_a_tie_that_no_config_names(export: Export, tmp_path: Path) -> None:
+    both = {"model.embed_tokens.weight": ONE, "lm_head.weight": ONE}
+    twice = [export("a", both), export("b", both)]
+    merged, _ = run(twice, tmp_path / "out")  # two tensors, and equal as before
+    assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    once = export("c", {"model.embed_tokens.weight": ONE})
+    for folders in ([twice[0], once], [once, twice[0]]):
+        with pytest.raises(MergeError, match=r"c: has no tensor lm_head.*tie_word_embeddings: true\) and allow tied"):
+            run(folders, tmp_path / "refused")
+
+
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 TIED = {"tie_word_embeddings": True}
 
