@@ -78,7 +78,7 @@ def _operations(settings: TrainSettings) -> float:
 
     try:
         step = workload(settings, ranks=1)
-    except ValueError as error:  # the run itself will say so
+    except (OSError, ValueError) as error:  # the run itself will say so
         step = assumed(settings, str(error))
     return step.flops * settings.stage.steps
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +171,9 @@ def _at(row: Row, path: Sequence[str]) -> float | None:
 
 
 def clock(seconds: float) -> str:
-    """A duration: 45 s, 3 min 20 s, 2 h 05 min."""
+    """A duration: 0.4 s, 45 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 9.5:
+        return f"{seconds:.2g} s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -180,11 +181,3 @@ def clock(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def elapsed(manifest: Mapping[str, Any]) -> float | None:
-    """Seconds from the start to the end written in a manifest; None while it runs."""
-    if "started" not in manifest or "finished" not in manifest:
-        return None
-    began, ended = (datetime.fromisoformat(str(manifest[key])) for key in ("started", "finished"))
-    return (ended - began).total_seconds()

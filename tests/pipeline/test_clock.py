@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
+from keye_train.compose import load_settings
+from keye_train.data.storage import StorageError
+from keye_train.pipeline.chain import _operations
 from keye_train.pipeline.clock import Clock
+from keye_train.settings import TrainSettings
 
 
 def test_the_time_left_goes_by_the_work_of_the_parts(
@@ -40,3 +44,12 @@ def test_the_time_left_goes_by_the_work_of_the_parts(
     shown = Console(record=True, width=40)
     clock.table(shown)
     assert "0.4" in shown.export_text()  # not "0", as if nothing had been done
+
+
+def test_a_storage_that_fails_costs_the_estimate_and_not_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise StorageError("no answer")
+
+    settings = load_settings(TrainSettings, "train", ["stage=2_multitask", "model=tiny", "data=demo"])
+    monkeypatch.setattr("keye_train.forecast.workload.workload", fails)
+    assert _operations(settings) > 0

@@ -172,4 +172,11 @@ class TestMissingParts:
 
 
 def test_clock() -> None:
-    assert [clock(s) for s in (0.4, 59.6, 200, 7500)] == ["0 s", "1 min 00 s", "3 min 20 s", "2 h 05 min"]
+    assert [clock(s) for s in (0.04, 9.4, 9.5, 59.6, 200, 7500)] == [
+        "0.04 s",
+        "9.4 s",
+        "10 s",
+        "1 min 00 s",
+        "3 min 20 s",
+        "2 h 05 min",
+    ]
