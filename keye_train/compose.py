@@ -143,10 +143,11 @@ def stored_settings(schema: type[T], path: Path) -> T:
     Raises:
         SettingsError: it is damaged, or has keys or values that this version does not know; the message names it.
     """
+    values = stored_values(path)
     try:
-        return to_settings(schema, stored_values(path))
+        return to_settings(schema, values)
     except SettingsError as error:
-        raise error if str(path) in str(error) else SettingsError(f"{path}: {error}") from error
+        raise SettingsError(f"{path}: {error}") from error
 
 
 def to_yaml(settings: Any) -> str:

@@ -41,7 +41,6 @@ def train_main(argv: Sequence[str] | None = None) -> None:
         from keye_train.training.trainer import train
 
         gc.freeze()  # what is imported stays: no collection walks through it again, which takes 0.3 s
-
         return train(settings) or 0
 
     text = TRAIN_HELP

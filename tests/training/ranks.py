@@ -84,15 +84,8 @@ def forked(world_size: int, words: list[str], timeout_s: float) -> str:
 @functools.cache
 def _server() -> subprocess.Popen[str]:
     """It ends with this process, which holds the other end of its input."""
-    return subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("rank_server.py"))],
-        cwd=ROOT,
-        env=environment(),
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
+    command = [sys.executable, str(Path(__file__).with_name("rank_server.py"))]
+    return start(command, stdin=subprocess.PIPE, stderr=None)
 
 
 def run(command: list[str], timeout_s: float, expect: int = 0) -> str:
@@ -101,15 +94,18 @@ def run(command: list[str], timeout_s: float, expect: int = 0) -> str:
     return finish(process, timeout_s, expect)
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
-    """Start a command in a process group of its own."""
+def start(
+    command: list[str], stdin: int | None = None, stderr: int | None = subprocess.STDOUT
+) -> subprocess.Popen[str]:
+    """Start a command in a process group of its own; ``stdin`` and ``stderr`` as for ``Popen``."""
     return subprocess.Popen(
         command,
         cwd=ROOT,
         env=environment(),
         text=True,
+        stdin=stdin,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=stderr,
         start_new_session=True,
     )
 
