@@ -1,15 +1,21 @@
 """The order of the tests: files that take long begin first, so that no worker idles while another ends with one.
-What property tests draw: the same in every run, so that a failure comes from a change; others in ``make soak``."""
+What tests draw: the same in every run and any order, so that a failure comes from a change; property tests draw other
+values in ``make soak``."""
 
 from __future__ import annotations
 
+import random
+import sys
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 
-hypothesis.settings.register_profile("same", derandomize=True)
-hypothesis.settings.register_profile("other", derandomize=False)
+# No verdict hangs on the speed of a machine: neither on the time that an example takes nor on that of drawing it.
+TIMELESS = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("same", derandomize=True, **TIMELESS)
+hypothesis.settings.register_profile("other", derandomize=False, **TIMELESS)
 hypothesis.settings.load_profile("same")
 
 LONG = (
@@ -34,3 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of LONG first; the rest as it came."""
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path, len(LONG)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Draws without a generator of their own begin alike, whatever ran before in this process; fixtures' too."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)

@@ -19,7 +19,7 @@ from rich.console import Console
 from keye_train import runs
 from keye_train.pipeline import plan
 from keye_train.pipeline.clock import Clock
-from keye_train.pipeline.jobs import PartFailed, call, call_all, launched
+from keye_train.pipeline.jobs import Interrupts, PartFailed, call, call_all, launched
 from keye_train.settings import PipelineRun, PipelineSettings, TrainSettings
 
 STATE = "pipeline.json"
@@ -36,9 +36,11 @@ def run_pipeline(settings: PipelineSettings) -> int:
     # Idle OpenMP threads sleep instead of spinning, here and in every process started below: where ranks and readers
     # share a few cores, spinning halves the speed. Read when torch is imported, so it stands before the first import.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    clock = _checked(settings)
+    interrupts = Interrupts()
+    clock = _checked(settings, interrupts)
     try:
-        results = _run_parts(settings, clock)
+        with interrupts.remembered():
+            results = _run_parts(settings, clock)
     except PartFailed as failure:
         if failure.code in (130, 143):
             print("\nStopped. Run the same command again to go on.", file=sys.stderr)
@@ -58,7 +60,7 @@ def run_pipeline(settings: PipelineSettings) -> int:
     return 0
 
 
-def _checked(settings: PipelineSettings) -> Clock:
+def _checked(settings: PipelineSettings, interrupts: Interrupts) -> Clock:
     """Compose the settings of every part: what cannot work stops here, before any of them has run."""
     work = {run.name: partial(_operations, plan.stage_settings(settings, run)) for run in settings.runs()}
     if settings.merged:
@@ -69,7 +71,7 @@ def _checked(settings: PipelineSettings) -> Clock:
         if settings.soup.curve_points:
             plan.curve_settings(settings)
     plan.evaluation_settings(settings)
-    return Clock(plan.part_names(settings), work)
+    return Clock(plan.part_names(settings), work, interrupts.check)
 
 
 def _operations(settings: TrainSettings) -> float:

@@ -23,14 +23,18 @@ class Part:
 class Clock:
     """Announces parts and estimates the time left by the operations of the stages."""
 
-    def __init__(self, parts: Sequence[str], work: Mapping[str, Callable[[], float]]) -> None:
+    def __init__(
+        self, parts: Sequence[str], work: Mapping[str, Callable[[], float]], check: Callable[[], None] = lambda: None
+    ) -> None:
         """Args:
         parts: names, in the order in which they run.
         work: operations of those that train; asked for when a part that trains has ended.
+        check: called before each part; raises where none is to begin.
         """
         self.parts: list[Part] = []
         self._left, self._work, self._number = list(parts), dict(work), len(parts)
         self._known: dict[str, float] = {}
+        self._check = check
         self._began = 0.0
 
     def begin(self, name: str) -> None:
@@ -42,6 +46,7 @@ class Clock:
             rate = sum(part.seconds for part in done) / sum(self._operations(part.name) for part in done)
             minutes = rate * sum(self._operations(left) for left in self._left if left in self._work) / 60
             estimate = f"  (about {minutes:.0f} min of training left)" if minutes >= 1 else ""
+        self._check()
         print(f"\n[{self._number - len(self._left) + 1}/{self._number}] {name}{estimate}", flush=True)
 
     def _operations(self, name: str) -> float:

@@ -155,6 +155,35 @@ class _Signals:
             process.terminate()  # does nothing to one that has ended
 
 
+class Interrupts:
+    """Ctrl-C outside of started commands: KeyboardInterrupt, as ever, which is remembered besides. Raised within an
+    import, a destructor or a callback it may be swallowed there, and whoever pressed the keys would wait for nothing.
+    """
+
+    def __init__(self) -> None:
+        self._came = False
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt where one has come."""
+        if self._came:
+            raise KeyboardInterrupt
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._came = True
+        raise KeyboardInterrupt
+
+    @contextmanager
+    def remembered(self) -> Iterator[None]:
+        """While it lasts, Ctrl-C is remembered; where it is ignored (nohup), it stays so."""
+        before = signal.getsignal(signal.SIGINT)
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def _passing_on() -> Iterator[_Signals]:
     """While it lasts, SIGINT and SIGTERM are noted, and SIGTERM is passed on to what it started."""

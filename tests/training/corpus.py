@@ -113,7 +113,11 @@ class ToyCorpus:
 
     def command(self, launcher: list[str], stage: str, run_dir: Path, *more: str) -> list[str]:
         """``keye-train`` behind a launcher's words, which end with what starts a module."""
-        return [*launcher, "keye_train", "--recipes", str(self.recipes), *self.overrides(stage, run_dir, *more)]
+        return [*launcher, "keye_train", *self.words(stage, run_dir, *more)]
+
+    def words(self, stage: str, run_dir: Path, *more: str) -> list[str]:
+        """What ``keye-train`` is given on its command line."""
+        return ["--recipes", str(self.recipes), *self.overrides(stage, run_dir, *more)]
 
 
 def write_corpus(folder: Path) -> ToyCorpus:

@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,17 +50,36 @@ def torchrun(world_size: int) -> list[str]:
     ]
 
 
+def deepspeed(world_size: int, port: int) -> list[str]:
+    """Words that start ``world_size`` ranks with DeepSpeed's launcher, which would take port 29500 for every run."""
+    return [
+        str(BIN / "deepspeed"),
+        *("--num_gpus", str(world_size), "--master_port", str(port)),
+        *("--no_local_rank", "--module"),
+    ]
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that nobody else is given while the block lasts, and on which rank 0 can listen.
+
+    It is bound all the time: the system then gives it to no one who asks for any port. Rank 0 binds it a second time,
+    which SO_REUSEADDR allows as long as one of the two does not listen; a store of torch sets that as well.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("localhost", 0))
+        yield held.getsockname()[1]
+
+
 def forked(world_size: int, words: list[str], timeout_s: float) -> str:
     """Run ``python WORDS`` on every rank, without a launcher and without its start-up time; see ``rank_server``.
 
     Returns:
         The output of all ranks, one after the other. Fails with it where a rank does.
     """
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = str(found.getsockname()[1])
-    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(world_size)}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, reserved_port() as port:
+        group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
         outputs = [Path(folder) / f"rank-{rank}" for rank in range(world_size)]
         of_ranks = [
             {

@@ -47,8 +47,7 @@ from keye_train.training.trainer import train
 STAGE = "2_multitask"
 STEPS = 8
 LONG = (f"stage.steps={STEPS}", "deepspeed.zero_stage=3", "checkpoint.every_steps=3")
-PYTHON = [sys.executable, "-m"]
-DEEPSPEED = [str(ranks.BIN / "deepspeed"), "--num_gpus", "2", "--no_local_rank", "--module"]
+HELD = [str(Path(__file__).with_name("held.py")), "2"]  # steps before a run waits for its signal
 
 
 def weights(run_dir: Path) -> dict[str, Tensor]:
@@ -80,16 +79,17 @@ def two_processes(toy_corpus: ToyCorpus, tmp_path_factory: pytest.TempPathFactor
     return run_dir
 
 
-def interrupt(command: list[str], run_dir: Path, after_step: int, number: signal.Signals, group: bool) -> int:
-    """Start a run, send it a signal once ``after_step`` is logged, and return its exit code."""
-    process = ranks.start(command)
-    deadline = time.monotonic() + 200
-    while len(runs.read_jsonl(run_dir / runs.METRICS)) < after_step and process.poll() is None:
+def interrupt(launcher: list[str], words: list[str], run_dir: Path, number: signal.Signals, group: bool) -> int:
+    """Start a run that waits behind its second step, send it a signal, and return its exit code."""
+    process = ranks.start([*launcher, *HELD, *words])
+    deadline = time.monotonic() + 250
+    while len(runs.read_jsonl(run_dir / runs.METRICS)) < 2 and process.poll() is None:
         assert time.monotonic() < deadline, "the run does not get to the step"
         time.sleep(0.01)
     (os.killpg if group else os.kill)(process.pid, number)
-    output, _ = process.communicate(timeout=200)
-    assert not (run_dir / runs.EXPORT).exists(), f"it ended before the signal came\n{output}"
+    output, _ = process.communicate(timeout=250)
+    assert not (run_dir / runs.EXPORT).exists(), output
+    assert len(losses(run_dir)) == 3, output  # the step that was to begin is made to its end
     return process.returncode
 
 
@@ -103,7 +103,8 @@ class TestOneModelWhateverTheRanks:
     def test_deepspeed_launcher(self, toy_corpus: ToyCorpus, one_process: Path, tmp_path: Path) -> None:
         run_dir = tmp_path / "run"
         short = ("stage.steps=3", "deepspeed.zero_stage=3", "stage.activation_checkpointing=full")
-        ranks.run(toy_corpus.command(DEEPSPEED, STAGE, run_dir, *short), timeout_s=240)
+        with ranks.reserved_port() as port:
+            ranks.run(toy_corpus.command(ranks.deepspeed(2, port), STAGE, run_dir, *short), timeout_s=240)
         assert losses(run_dir) == pytest.approx(losses(one_process)[:3], rel=1e-5)
 
     def test_diff_finds_nothing_but_what_was_changed(self, one_process: Path, two_processes: Path) -> None:
@@ -192,8 +193,8 @@ class TestInterruptedEqualsUninterrupted:
     ) -> None:
         run_dir = tmp_path / "run"
         more = (*LONG, "deepspeed.zero_stage=0", "data.workers=1")
-        command = toy_corpus.command(PYTHON, STAGE, run_dir, *more)
-        assert interrupt(command, run_dir, 2, signal.SIGTERM, group=False) == 143
+        words = toy_corpus.words(STAGE, run_dir, *more)
+        assert interrupt([sys.executable], words, run_dir, signal.SIGTERM, group=False) == 143
         done = len(losses(run_dir))
         recipe = toy_corpus.settings(STAGE, run_dir, *more)
         caplog.set_level("INFO")
@@ -210,12 +211,12 @@ class TestInterruptedEqualsUninterrupted:
     ) -> None:
         """Ctrl-C reaches the launcher and the ranks, and the launcher hands it on: the ranks get it twice."""
         run_dir, copy = tmp_path / "run", tmp_path / "copy"
-        words = toy_corpus.command(["-m"], STAGE, run_dir, *LONG)
-        interrupt([*ranks.torchrun(2), *words], run_dir, 2, signal.SIGINT, group=True)
+        words = toy_corpus.words(STAGE, run_dir, *LONG)
+        interrupt(ranks.torchrun(2), words, run_dir, signal.SIGINT, group=True)
         done = len(losses(run_dir))
         assert [path.name for path in (run_dir / runs.CHECKPOINTS).iterdir() if path.name == f"step-{done}"]
         shutil.copytree(run_dir, copy)
-        ranks.forked(2, words, timeout_s=240)
+        ranks.forked(2, ["-m", "keye_train", *words], timeout_s=280)
         assert losses(run_dir) == losses(two_processes)
         assert differing(weights(run_dir), weights(two_processes)) == []
         assert train(toy_corpus.settings(STAGE, copy, *LONG, "deepspeed.zero_stage=1")) == 0
