@@ -144,6 +144,6 @@ def test_more_ranks_than_like_packs_are_told_what_to_set(caplog: pytest.LogCaptu
     )
     with caplog.at_level(logging.INFO):
         plan.check_world_size(2)
-        assert not caplog.records
+        assert not [record for record in caplog.records if record.name.startswith("keye_train")]
         plan.check_world_size(8)
     assert "data.balance_packs=8" in caplog.text

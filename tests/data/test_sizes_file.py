@@ -170,7 +170,7 @@ def test_an_index_without_it_is_read_slowly_and_gets_it(
 
     quick = opened()
     sizes = quick.sources["one"].sizes
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("keye_train")]
     path.unlink()
     slow = opened()
     assert "1 of 1 shards have no SHARD.tar.sizes" in caplog.text

@@ -89,7 +89,7 @@ def test_figures_are_those_of_whole_tensors_in_float64(found: Any) -> None:
 def test_siblings_are_told_from_strangers(tmp_path: Path, export: Callable[..., Path], found: Any) -> None:
     _, models, result, folders = found
     assert result["verdict"]["verdict"] == "one basin"
-    stranger = export("stranger", {name: torch.randn(shape) for name, shape in NAMES.items()})
+    stranger = export("stranger", siblings(1, 0.0)[0])
     apart = run(tmp_path / "apart", [folders[0], stranger])
     assert apart["verdict"]["verdict"] == "apart"
     assert "cosine" not in apart["modules"]["all"]  # no parent, no deltas
@@ -186,12 +186,14 @@ def test_memory_does_not_grow_with_models_or_tensors(tmp_path: Path, export: Cal
     big = {"model.layers.0.w": torch.zeros(24, 1 << 20, dtype=torch.bfloat16)}  # 48 MiB, 192 MiB as float64
     folders = [export(f"big{i}", big) for i in range(4)]
     code = (
-        "import resource, sys\n"
+        "import re, sys\n"
+        "from pathlib import Path\n"
         "from keye_train.merging.diagnosis import diagnose\n"
         "from keye_train.settings import DiagnosisSettings\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "def kib(name): return int(re.search(name + r':\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "before = kib('VmRSS')\n"  # that of getrusage would begin with the memory of the tests, its parent
         "diagnose(DiagnosisSettings(models=sys.argv[2:], out=sys.argv[1]), progress=False)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+        "print(kib('VmHWM') - before)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "out"), *map(str, folders)],

@@ -9,6 +9,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -17,6 +18,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from keye_train import runs
 from keye_train.settings import LoggingSettings
+from keye_train.training import progress
 from keye_train.training.monitor import Monitor
 from keye_train.training.progress import Progress, figures
 
@@ -53,32 +55,41 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 def test_tensorboard_and_wandb_get_flat_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    histories, offline = [], []
     for first_step in (0, 2):  # a second launch goes on with the same wandb run
         opened = monitor(tmp_path, first_step, tensorboard=True, wandb=True)
         for step in (first_step + 1, first_step + 2):
             opened.write(row(step))
         opened.close()
+        # Each is taken away before the next: wandb names the folder of a launch by the second in which it began.
+        kept = (tmp_path / "wandb").rename(tmp_path / f"wandb-{first_step}")
+        histories += [read_offline_run(path) for path in kept.glob("offline-run-*/*.wandb")]
+        offline += [path.name for path in kept.glob("offline-run-*")]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("lr/vision")] == [1, 2, 3, 4]
     assert "grad_norm" not in events.Tags()["scalars"]  # a refused update has no norm to show
-    histories = sorted(read_offline_run(path) for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     identity = (tmp_path / "wandb_id").read_text()
     assert histories == [(identity, (1, 2)), (identity, (3, 4))]  # `wandb sync` joins both into one run
-    offline = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert len(offline) == 2
     assert all((tmp_path / "wandb_id").read_text() in name for name in offline)
 
 
-def test_progress_is_a_line_now_and_then_without_a_terminal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_is_a_line_now_and_then_without_a_terminal(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the first and the last step, and where there was none for some time."""
     caplog.set_level("INFO")
-    opened = monitor(tmp_path, 0)
-    for step in (1, 2, 3, 4):
+    now = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    opened = Monitor(tmp_path, LoggingSettings(tensorboard=False), True, 0, steps=6, name="toy", recipe={})
+    for step, seconds in ((1, 1.0), (2, 10.0), (3, 10.0), (4, 10.0), (5, 1.0), (6, 1.0)):
+        now[0] += seconds
         opened.advance(step, row(step))
     opened.close()
-    lines = [record.message for record in caplog.records]
-    assert [line.partition(",")[0] for line in lines] == ["toy: step 1/4", "toy: step 4/4"]
-    assert "loss 0.2500" in lines[-1]
-    assert lines[-1].endswith("0:00:00 left")
+    lines = [record.message for record in caplog.records if record.name == progress.__name__]
+    assert [line.partition(",")[0] for line in lines] == ["toy: step 1/6", "toy: step 3/6", "toy: step 6/6"]
+    assert "loss 0.3333" in lines[1]
+    assert [line.rpartition(", ")[2] for line in lines] == ["0:00:05 left", "0:00:21 left", "0:00:00 left"]
 
 
 def test_progress_on_a_terminal_is_one_line_below_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
