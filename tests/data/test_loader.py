@@ -303,7 +303,7 @@ def test_the_number_of_a_reader_that_is_gone_gets_no_signal(
         list(loader)
         (reader,) = readers()
         reader.kill()
-        psutil.wait_procs([reader], timeout=10)
+        reader.wait(250)
         signalled: list[int] = []
         monkeypatch.setattr(os, "kill", lambda number, _: signalled.append(number))
     assert not signalled

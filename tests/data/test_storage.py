@@ -67,7 +67,7 @@ def test_threads_are_taken_only_where_there_is_something_to_wait_for(wait_s: flo
 
 def test_remote_items_are_asked_for_at_once(tmp_path: Path) -> None:
     """From the first on: with a storage that takes 200 ms to answer, a start would wait a second for five of them."""
-    both_ask = threading.Barrier(2, timeout=60)
+    both_ask = threading.Barrier(2, timeout=250)
     files = Storage(StorageSettings(connections=2))
     files.map_quick(lambda _: both_ask.wait(), range(2), remote=True)
     files.close()
@@ -76,7 +76,6 @@ def test_remote_items_are_asked_for_at_once(tmp_path: Path) -> None:
     assert Storage(StorageSettings(index_dir="s3://bucket/indexes")).is_remote(f"{tmp_path}/a.tar")
 
 
-@pytest.mark.timeout(60)
 def test_what_waits_for_the_storage_may_ask_it_for_more() -> None:
     """As a file of sizes behind a URL does, of which several parts are wanted."""
     files = Storage(StorageSettings(connections=2))
@@ -394,7 +393,7 @@ def test_processes_of_a_node_fetch_a_shard_once(web: ThreadingHTTPServer, tmp_pa
     )
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(3)]
     for process in processes:
-        assert process.communicate(timeout=60)[0] == web.files["/a.tar"] * 3
+        assert process.communicate(timeout=250)[0] == web.files["/a.tar"] * 3
     # Each process looks the shard up, and the one that fetches it once more; its bytes went over the wire once.
     assert web.fetched == 1
     assert [path.suffix for path in (tmp_path / "cache").iterdir() if path.stat().st_size] == [".tar"]
@@ -447,7 +446,7 @@ def test_a_process_that_dies_while_fetching_leaves_no_copy_and_no_lock(
         "storage.__class__ = Dies\n"
         f"ShardCache(storage).open({web.url!r})\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=False, timeout=250)
     assert [path.suffix for path in (tmp_path / "cache").iterdir() if path.stat().st_size] == [".part"]
     assert len(set(fetch(web.url, storage, 2))) == 1
     assert [path.suffix for path in (tmp_path / "cache").iterdir() if path.stat().st_size] == [".tar"]

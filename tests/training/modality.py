@@ -207,7 +207,7 @@ def main(out: Path, part: str) -> None:
     from keye_train.training.objectives import ContrastiveObjective, LanguageObjective
     from keye_train.training.optimizer import parameter_groups
 
-    world = distributed.start(timeout_minutes=1)
+    world = distributed.start(timeout_minutes=5)
     for case in CASES:
         if (case in QUICK) != (part == "quick"):
             continue

@@ -19,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+LONGEST_S = 500.0
+"""A launch takes 10 to 40 s, on a machine that does much else besides six times that; one that hangs takes this."""
 
 
 def environment() -> dict[str, str]:
@@ -72,7 +74,7 @@ def reserved_port() -> Iterator[int]:
         yield held.getsockname()[1]
 
 
-def forked(world_size: int, words: list[str], timeout_s: float) -> str:
+def forked(world_size: int, words: list[str], timeout_s: float = LONGEST_S) -> str:
     """Run ``python WORDS`` on every rank, without a launcher and without its start-up time; see ``rank_server``.
 
     Returns:
@@ -109,7 +111,7 @@ def _server() -> subprocess.Popen[str]:
     return start(command, stdin=subprocess.PIPE, stderr=None)
 
 
-def run(command: list[str], timeout_s: float, expect: int = 0) -> str:
+def run(command: list[str], timeout_s: float = LONGEST_S, expect: int = 0) -> str:
     """Run a command to its end; its whole output. Fails with that output on another exit code or past the deadline."""
     process = start(command)
     return finish(process, timeout_s, expect)

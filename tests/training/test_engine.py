@@ -23,8 +23,8 @@ TOY = str(Path(__file__).with_name("toy.py"))
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """World size -> folder with what the toy script wrote."""
     folders = {world_size: tmp_path_factory.mktemp(f"world{world_size}") for world_size in (1, 2)}
-    ranks.forked(1, [TOY, str(folders[1])], timeout_s=240)
-    ranks.forked(2, [TOY, str(folders[2]), str(folders[1])], timeout_s=240)
+    ranks.forked(1, [TOY, str(folders[1])])
+    ranks.forked(2, [TOY, str(folders[2]), str(folders[1])])
     return folders
 
 

@@ -17,7 +17,6 @@ from keye_train.training.replay import replay
 from keye_train.training.spikes import spike_limit
 from keye_train.training.timing import PHASES
 
-pytestmark = pytest.mark.timeout(300)  # one launch computes all cases
 STEPS, FAULT_STEP = faults.STEPS, faults.FAULT_STEP
 
 

@@ -13,12 +13,10 @@ from torch import Tensor
 
 from keye_train.model import module_parameters
 
-pytestmark = pytest.mark.timeout(480)  # one launch computes many cases
-
 
 def launched(out: Path, part: str) -> Path:
     """Folder with what the script wrote; two ranks are started once for all cases of a part."""
-    ranks.forked(2, [str(Path(modality.__file__)), str(out), part], timeout_s=420)
+    ranks.forked(2, [str(Path(modality.__file__)), str(out), part])
     return out
 
 

@@ -75,19 +75,19 @@ def one_process(toy_corpus: ToyCorpus, tmp_path_factory: pytest.TempPathFactory)
 def two_processes(toy_corpus: ToyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted ZeRO-3 run on two ranks."""
     run_dir = tmp_path_factory.mktemp("runs") / "two"
-    ranks.run(toy_corpus.command([*ranks.torchrun(2), "-m"], STAGE, run_dir, *LONG), timeout_s=240)
+    ranks.run(toy_corpus.command([*ranks.torchrun(2), "-m"], STAGE, run_dir, *LONG))
     return run_dir
 
 
 def interrupt(launcher: list[str], words: list[str], run_dir: Path, number: signal.Signals, group: bool) -> int:
     """Start a run that waits behind its second step, send it a signal, and return its exit code."""
     process = ranks.start([*launcher, *HELD, *words])
-    deadline = time.monotonic() + 250
+    deadline = time.monotonic() + ranks.LONGEST_S
     while len(runs.read_jsonl(run_dir / runs.METRICS)) < 2 and process.poll() is None:
         assert time.monotonic() < deadline, "the run does not get to the step"
         time.sleep(0.01)
     (os.killpg if group else os.kill)(process.pid, number)
-    output, _ = process.communicate(timeout=250)
+    output, _ = process.communicate(timeout=ranks.LONGEST_S)
     assert not (run_dir / runs.EXPORT).exists(), output
     assert len(losses(run_dir)) == 3, output  # the step that was to begin is made to its end
     return process.returncode
@@ -104,7 +104,7 @@ class TestOneModelWhateverTheRanks:
         run_dir = tmp_path / "run"
         short = ("stage.steps=3", "deepspeed.zero_stage=3", "stage.activation_checkpointing=full")
         with ranks.reserved_port() as port:
-            ranks.run(toy_corpus.command(ranks.deepspeed(2, port), STAGE, run_dir, *short), timeout_s=240)
+            ranks.run(toy_corpus.command(ranks.deepspeed(2, port), STAGE, run_dir, *short))
         assert losses(run_dir) == pytest.approx(losses(one_process)[:3], rel=1e-5)
 
     def test_diff_finds_nothing_but_what_was_changed(self, one_process: Path, two_processes: Path) -> None:
@@ -168,7 +168,7 @@ class TestHeldoutLosses:
     ) -> None:
         run_dir, alone = tmp_path / "two", tmp_path / "one"
         words = toy_corpus.command(["-m"], STAGE, run_dir, *LONG, *self.EVALUATED)
-        output = ranks.forked(2, words, timeout_s=240)
+        output = ranks.forked(2, words)
         assert differing(weights(run_dir), weights(two_processes)) == []
         assert train(toy_corpus.settings(STAGE, alone, *LONG, "deepspeed.zero_stage=0", *self.EVALUATED)) == 0
         assert differing(weights(alone), weights(one_process)) == []
@@ -216,7 +216,7 @@ class TestInterruptedEqualsUninterrupted:
         done = len(losses(run_dir))
         assert [path.name for path in (run_dir / runs.CHECKPOINTS).iterdir() if path.name == f"step-{done}"]
         shutil.copytree(run_dir, copy)
-        ranks.forked(2, ["-m", "keye_train", *words], timeout_s=280)
+        ranks.forked(2, ["-m", "keye_train", *words])
         assert losses(run_dir) == losses(two_processes)
         assert differing(weights(run_dir), weights(two_processes)) == []
         assert train(toy_corpus.settings(STAGE, copy, *LONG, "deepspeed.zero_stage=1")) == 0

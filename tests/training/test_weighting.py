@@ -37,7 +37,7 @@ def test_every_split_gives_the_same_losses_and_gradients(
     if world_size == 1:
         assert train(toy_corpus.settings(STAGE, tmp_path, *more)) == 0
     else:
-        ranks.forked(world_size, toy_corpus.command(["-m"], STAGE, tmp_path, *more), timeout_s=240)
+        ranks.forked(world_size, toy_corpus.command(["-m"], STAGE, tmp_path, *more))
     for figure in ("loss", "token_loss", "grad_norm"):
         ours, reference = ([row[figure] for row in rows(folder)] for folder in (tmp_path, one_rank))
         assert ours == pytest.approx(reference, rel=1e-5), figure

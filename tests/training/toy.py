@@ -81,7 +81,7 @@ def settings(zero_stage: int, precision: str, offload: bool) -> TrainSettings:
             overlap_comm=False,
             bucket_elements=1000,
             param_persistence_threshold=50,  # some parameters stay whole, some are partitioned
-            timeout_minutes=1,
+            timeout_minutes=5,
         ),
         logging=LoggingSettings(),
         run_dir="",
@@ -131,7 +131,7 @@ def main(out: Path, elsewhere: Path | None = None) -> None:
     from keye_train.training.optimizer import parameter_groups
     from keye_train.training.saver import Saver
 
-    world = distributed.start(timeout_minutes=1)
+    world = distributed.start(timeout_minutes=5)
 
     def engine(recipe: TrainSettings, resume: checkpoint.Checkpoint | None = None) -> Engine:
         model = Toy()
