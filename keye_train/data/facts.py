@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,6 +70,29 @@ class Facts:
             first += len(part.rows)
         media, cuts = (stacked([getattr(part, name) for part in parts]) for name in ("media", "cuts"))
         return cls(rows, media, cuts, tuple(numbers) or parts[0].tasks, errors)
+
+    def blocks(self, rows: int) -> Iterator[Facts]:
+        """The same cut into blocks of so many rows, each with the tasks that it has, in order of appearance."""
+        behind = {name: np.cumsum(self.rows[name], dtype=np.int64) for name in ("media", "cuts")}
+        errors: dict[int, dict[int, str]] = {}
+        for row, reason in self.errors.items():
+            errors.setdefault(row // rows, {})[row % rows] = reason
+        first = dict.fromkeys(behind, 0)
+        for start in range(0, len(self), rows):
+            own = self.rows[start : start + rows].copy()
+            ends = {name: int(places[start + len(own) - 1]) for name, places in behind.items()}
+            tasks = dict.fromkeys(own["task"].tolist())
+            places = np.zeros(max(tasks) + 1, dtype=ROW["task"])
+            places[[*tasks]] = range(len(tasks))
+            own["task"] = places[own["task"]]
+            yield Facts(
+                own,
+                self.media[first["media"] : ends["media"]],
+                self.cuts[first["cuts"] : ends["cuts"]],
+                tuple(self.tasks[task] for task in tasks),
+                errors.get(start // rows, {}),
+            )
+            first = ends
 
     def where(self, keep: np.ndarray) -> Facts:
         """The rows of a mask, [n] bool."""

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from keye_train.data.layouts import (
@@ -36,11 +37,12 @@ from keye_train.data.layouts import (
     placed_images,
     resolve_media,
 )
-from keye_train.model.chat import Turn, parse_turns, slots_of
+from keye_train.model.chat import MediaSlot, Turn, parse_turns, slots_of
 from keye_train.sample import MediaKind, Sample, SampleError, SampleRef
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 VIDEO_SUFFIXES = frozenset({"mp4", "mov", "webm", "mkv", "avi"})
+_KIND_KEYS = [(kind, kind.value, f"{kind.value}s") for kind in MediaKind]  # and the keys that list media of a kind
 REFUSED_SUFFIXES = frozenset({"pyd", "pkl", "pickle", "pth", "pt"})
 """Members that only unpickling could read, which runs whatever code they carry."""
 
@@ -57,7 +59,7 @@ def split_member_name(name: str) -> tuple[str, str]:
         name.encode("utf-8")
     except UnicodeEncodeError as error:  # bytes that are not UTF-8 arrive from tarfile as lone surrogates
         raise SampleError(f"member name {name!r} is not UTF-8") from error
-    if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+    if name.startswith("/") or "\\" in name or (".." in name and ".." in name.split("/")):
         raise SampleError(f"member name {name!r} leaves the archive")
     folder, slash, base = name.rpartition("/")
     stem, dot, rest = base.partition(".")
@@ -66,6 +68,7 @@ def split_member_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, rest
 
 
+@lru_cache(1024)  # a few names come again in all samples
 def media_kind(member: str) -> MediaKind | None:
     """Kind of media that a member's ending announces; None for anything else."""
     suffix = member.rpartition(".")[2].lower()
@@ -74,13 +77,18 @@ def media_kind(member: str) -> MediaKind | None:
     return MediaKind.video if suffix in VIDEO_SUFFIXES else None
 
 
+@lru_cache(1024)
+def _is_refused(member: str) -> bool:
+    return member.rpartition(".")[2].lower() in REFUSED_SUFFIXES
+
+
 def parse_sample(ref: SampleRef, members: Mapping[str, bytes]) -> Sample:
     """Read a sample in any of the accepted layouts; arguments and errors as for ``parse_with_turns``."""
     return parse_with_turns(ref, members)[0]
 
 
-def parse_with_turns(ref: SampleRef, members: Mapping[str, bytes]) -> tuple[Sample, list[Turn]]:
-    """Read a sample in any of the accepted layouts, and its conversation as turns.
+def parse_with_turns(ref: SampleRef, members: Mapping[str, bytes]) -> tuple[Sample, list[Turn], list[MediaSlot]]:
+    """Read a sample in any of the accepted layouts, its conversation as turns, and the media that these mention.
 
     Args:
         ref: where the sample stands.
@@ -90,17 +98,16 @@ def parse_with_turns(ref: SampleRef, members: Mapping[str, bytes]) -> tuple[Samp
         SampleError: the members are none of the layouts, or contradict themselves.
     """
     for name in members:
-        if name.rpartition(".")[2].lower() in REFUSED_SUFFIXES:
+        if _is_refused(name):
             raise SampleError(f"member .{name} would have to be unpickled, which is refused")
     described = _parse_json(members["json"]) if "json" in members else {}
     media = {name: data for name, data in members.items() if media_kind(name)}
     messages, default_task = _conversation(described, members, list(media))
-    turns = _check_messages(messages, media)
-    names = [slot.name for slot in slots_of(turns)]
+    turns, slots = _check_messages(messages, media)
     task = described.pop("task", default_task)
     if not isinstance(task, str):
         raise SampleError(f"'task' is {type(task).__name__}, expected a string")
-    return Sample(ref, messages, {name: media[name] for name in names}, task, described), turns
+    return Sample(ref, messages, {slot.name: media[slot.name] for slot in slots}, task, described), turns, slots
 
 
 def _parse_json(data: bytes) -> dict[str, Any]:
@@ -143,12 +150,12 @@ def _marked_media(described: dict[str, Any], media: list[str]) -> dict[MediaKind
         SampleError: the sample has several media of a kind in no evident order.
     """
     found = {}
-    for kind in MediaKind:
-        names = [name for name in media if media_kind(name) == kind]
-        listed = [described.pop(key) for key in (kind.value, f"{kind.value}s") if described.get(key) is not None]
-        ordered = resolve_media(listed[0], names, kind.value) if listed else in_order(names)
+    for kind, word, words in _KIND_KEYS:
+        names = [name for name in media if media_kind(name) is kind]
+        listed = [described.pop(key) for key in (word, words) if described.get(key) is not None]
+        ordered = resolve_media(listed[0], names, word) if listed else in_order(names)
         if ordered is None:
-            raise SampleError(f"{sorted(names)} have no order: number them, or list them under '{kind.value}s'")
+            raise SampleError(f"{sorted(names)} have no order: number them, or list them under '{words}'")
         found[kind] = ordered
     return found
 
@@ -183,8 +190,8 @@ def _plain_messages(
     return [{"role": "user", "content": parts}, answer], "caption"
 
 
-def _check_messages(messages: Any, media: Mapping[str, bytes]) -> list[Turn]:
-    """Turns of a conversation.
+def _check_messages(messages: Any, media: Mapping[str, bytes]) -> tuple[list[Turn], list[MediaSlot]]:
+    """Turns of a conversation, and the media in them.
 
     Raises:
         SampleError: it is not in the chat format, names media that are not there, or has nothing to learn.
@@ -194,7 +201,8 @@ def _check_messages(messages: Any, media: Mapping[str, bytes]) -> list[Turn]:
     turns = parse_turns(messages)
     if not any(turn.role == "assistant" for turn in turns):
         raise SampleError("no assistant turn: nothing to learn from")
-    for slot in slots_of(turns):
+    slots = slots_of(turns)
+    for slot in slots:
         if slot.name not in media or media_kind(slot.name) != slot.kind:
             raise SampleError(f"messages name the {slot.kind.value} {slot.name!r}; the sample's media: {sorted(media)}")
-    return turns
+    return turns, slots

@@ -8,27 +8,26 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from keye_train.data.energon import LayoutFinder
 from keye_train.data.formats import parse_with_turns
-from keye_train.data.index import ACCOUNT, INDEX_VERSION, ROW_GROUP, SCHEMA, ShardHeader
+from keye_train.data.index import ACCOUNT, INDEX_VERSION, ROW_GROUP, ShardHeader
+from keye_train.data.index_columns import IndexColumns
 from keye_train.data.limits import Watch, unwatched
 from keye_train.data.paths import index_file, offsets_file, sizes_file
 from keye_train.data.sizes_file import sizes_bytes
 from keye_train.data.storage import Storage, StorageError
 from keye_train.data.tar import RawSample, walk_shard
-from keye_train.model.chat import MediaSlot, TextSize, Turn, slots_of, text_sizes
+from keye_train.model.chat import MediaSlot, Turn, text_sizes
 from keye_train.model.images import probe_image, probe_plain
 from keye_train.model.video import probe_video
 from keye_train.runs import file_sha256
@@ -39,8 +38,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-BATCH_SAMPLES, BATCH_BYTES = 512, 2**27
-"""Samples whose texts are counted together, and the bytes after which no more are waited for."""
+BATCH_SAMPLES, BATCH_BYTES = 128, 2**27
+"""Samples whose texts are counted together, and the bytes after which no more are waited for. More samples would only
+keep more objects alive for the collector of garbage to walk through."""
 
 
 def build_index(
@@ -80,10 +80,9 @@ def build_index(
             "tokenizer": fingerprint,
             "layout": str(layout or ""),
         }
-    table = pa.table(columns, schema=SCHEMA.with_metadata(metadata))
-    rows, ends = len(table), [start + size for start, size in zip(columns["offset"], columns["size"], strict=True)]
-    offsets = np.array([*columns["offset"], *(ends[-1:] or [0])], dtype="<u8")
-    _write(files, offsets_file(shard, storage), offsets.tobytes())
+    table = columns.table(metadata)
+    rows = len(table)
+    _write(files, offsets_file(shard, storage), columns.offsets().tobytes())
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
     # Behind the offsets: its presence means that both are there. The sizes, last, name the bytes of the file before.
@@ -92,11 +91,9 @@ def build_index(
     account = metadata | {"rows": rows, "index_bytes": len(index)}
     _write(files, sizes_file(shard, storage), sizes_bytes(table, account))
     files.close()
-    bad = rows - columns["error"].count(None)
-    if bad:
-        log.warning(
-            "%s: %d of %d samples cannot be read; see `keye-data check %s`", shard, bad, rows, shlex.quote(shard)
-        )
+    if columns.bad:
+        advice = f"keye-data check {shlex.quote(shard)}"
+        log.warning("%s: %d of %d samples cannot be read; see `%s`", shard, columns.bad, rows, advice)
     return ShardHeader(shard, rows, total, metadata["shard_sha256"], fingerprint, metadata["layout"], True)
 
 
@@ -120,25 +117,15 @@ def _write(files: Storage, path: str, data: bytes) -> None:
         ) from error
 
 
-def _index_columns(
-    raws: Iterable[RawSample], tokenizer: PreTrainedTokenizerBase, describe: _Describer
-) -> dict[str, list[Any]]:
-    """Columns of ``SCHEMA``; texts are counted many at a time, which the tokenizer does faster."""
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+def _index_columns(raws: Iterable[RawSample], tokenizer: PreTrainedTokenizerBase, describe: _Describer) -> IndexColumns:
+    """What stands in the samples; texts are counted many at a time, which the tokenizer does faster."""
+    columns = IndexColumns()
     for batch in _batches(raws):
-        first = len(columns["key"])
-        described = [describe(row, raw) for row, raw in enumerate(batch, first)]
-        sizes = iter(text_sizes(tokenizer, [found.turns for found in described if found.error is None]))
-        for raw, found in zip(batch, described, strict=True):
-            size = next(sizes) if found.error is None else TextSize(0, ())
-            columns["key"].append(raw.key)
-            columns["offset"].append(raw.offset)
-            columns["size"].append(raw.size)
-            columns["text_tokens"].append(size.tokens)
-            columns["media"].append(found.media)
-            columns["cuts"].append([{"text_tokens": tokens, "media": media} for tokens, media in size.cuts])
-            columns["task"].append(found.task)
-            columns["error"].append(found.error)
+        described = [describe(row, raw) for row, raw in enumerate(batch, len(columns))]
+        sizes = text_sizes(tokenizer, [found.turns for found in described])
+        for raw, found, size in zip(batch, described, sizes, strict=True):
+            columns.add(raw.key, raw.offset, raw.size, found.task, found.error)
+            columns.add_contents(size.tokens, size.cuts, found.media)
     return columns
 
 
@@ -155,12 +142,11 @@ def _batches(raws: Iterable[RawSample]) -> Iterator[list[RawSample]]:
     yield batch
 
 
-@dataclass(frozen=True)
-class _Described:
+class _Described(NamedTuple):
     """What is known of a sample before its text is counted."""
 
-    turns: list[Turn]
-    media: list[dict[str, Any]]
+    turns: Sequence[Turn]
+    media: Sequence[MediaInfo]
     task: str
     error: str | None  # why it cannot be read
 
@@ -176,16 +162,15 @@ class _Describer:
         try:
             if (problem := self._given_up.get(row, raw.error)) is not None:
                 raise SampleError(problem)
-            sample, turns = parse_with_turns(SampleRef("", self._shard, raw.key), raw.members)
-            slots = slots_of(turns)
-            media = [_probe_plain(sample, slot) for slot in slots]
-            if None in media:  # Pillow or FFmpeg has to look
+            sample, turns, slots = parse_with_turns(SampleRef("", self._shard, raw.key), raw.members)
+            plain = [_probe_plain(sample, slot) for slot in slots]
+            media = [info for info in plain if info is not None]
+            if len(media) < len(plain):  # Pillow or FFmpeg has to look
                 with self._watch(row):
-                    media = [info or _probe(sample, slot) for info, slot in zip(media, slots, strict=True)]
-            columns = [vars(info) | {"kind": info.kind.value} for info in media if info is not None]
-            return _Described(turns, columns, sample.task, None)
+                    media = [info or _probe(sample, slot) for info, slot in zip(plain, slots, strict=True)]
+            return _Described(turns, media, sample.task, None)
         except SampleError as error:
-            return _Described([], [], "", str(error))
+            return _Described((), (), "", str(error))
 
 
 def _probe_plain(sample: Sample, slot: MediaSlot) -> MediaInfo | None:

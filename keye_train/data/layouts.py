@@ -153,10 +153,10 @@ def llava_messages(turns: Any) -> list[Message]:
         raise SampleError(f"'conversations' is {type(turns).__name__}, expected a list")
     messages = []
     for turn in turns:
-        speaker = turn.get("from") if isinstance(turn, dict) else None
-        if not isinstance(speaker, str) or speaker not in SPEAKERS or not isinstance(turn.get("value"), str):
+        speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        if not isinstance(speaker, str) or speaker not in SPEAKERS or not isinstance(text, str):
             raise SampleError(f"turn from {speaker!r} in 'conversations'; speakers are {', '.join(SPEAKERS)}")
-        messages.append({"role": SPEAKERS[speaker], "content": turn["value"]})
+        messages.append({"role": SPEAKERS[speaker], "content": text})
     return messages
 
 
@@ -174,16 +174,20 @@ def fill_markers(messages: list[Message], media: dict[MediaKind, list[str]]) -> 
     markers = dict.fromkeys(media, 0)
     filled = []
     for message in messages:
-        pieces = _MARKER.split(message["content"])
+        text = message["content"]
+        if "<image>" not in text and "<video>" not in text:
+            filled.append(message)
+            continue
+        pieces = _MARKER.split(text)
         parts = [text_part(pieces[0])] if pieces[0] else []
-        for word, text in zip(pieces[1::2], pieces[2::2], strict=True):
+        for word, behind in zip(pieces[1::2], pieces[2::2], strict=True):
             kind = MediaKind(word)
             markers[kind] += 1
             if (name := next(waiting[kind], None)) is not None:
                 parts.append(media_part(name, kind))
-            if text:
-                parts.append(text_part(text))
-        filled.append(message | {"content": parts if len(pieces) > 1 else message["content"]})
+            if behind:
+                parts.append(text_part(behind))
+        filled.append(message | {"content": parts})
     for kind, names in media.items():
         if markers[kind] != len(names):
             raise SampleError(f"{markers[kind]} markers <{kind.value}> in the conversation for {len(names)} members")

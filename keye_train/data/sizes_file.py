@@ -29,6 +29,9 @@ from keye_train.data.storage import Storage, is_url
 BLOCK_ROWS = 128
 """Rows of a block: ``data.shuffle_block_rows`` as it is set by default."""
 
+PART_ROWS = 256 * BLOCK_ROWS
+"""Rows that are looked at together while writing: fewer than the different tasks that ``Facts`` can hold."""
+
 MAGIC = b"keyesz01"
 HEAD = struct.Struct("<8sII")  # magic, bytes of the account, blocks
 FRAME = struct.Struct("<III")  # media, cuts, bytes of JSON
@@ -59,7 +62,8 @@ def sizes_bytes(table: pa.Table, account: Mapping[str, Any]) -> bytes:
         account: what it says about the shard as a whole; JSON.
     """
     table = table.select(FACT_COLUMNS).combine_chunks()
-    frames = [_frame(Facts.of(table.slice(start, BLOCK_ROWS))) for start in range(0, len(table), BLOCK_ROWS)]
+    parts = (Facts.of(table.slice(start, PART_ROWS)) for start in range(0, len(table), PART_ROWS))
+    frames = [_frame(facts) for part in parts for facts in part.blocks(BLOCK_ROWS)]
     packed = [pa.compress(frame, codec=CODEC, asbytes=True) for frame in frames]
     about = json.dumps(account).encode()
     first = HEAD.size + len(about) + BLOCK.size * len(frames)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import io
 import mmap
+import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from keye_train.data.formats import split_member_name
 from keye_train.sample import SampleError
@@ -22,6 +24,8 @@ Translate = Callable[[dict[str, bytes]], dict[str, bytes]]
 """Members of one sample in the layout of a prepared folder -> members in a layout of ``formats``."""
 
 _BLOCK = tarfile.BLOCKSIZE
+# Name, size in eleven octal digits and what ends it, checksum, type, first byte of the prefix of a long name.
+_HEADER = struct.Struct("100s 24x 11s c 12x 8s c 188x c 166x")
 
 
 @dataclass
@@ -108,8 +112,7 @@ def _add_member(sample: RawSample, name: str, data: bytes, problem: str | None) 
 # ------------------------------------------------------------------------------------------------------ members
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
+class _Member(NamedTuple):
     name: str
     offset: int  # byte of the header, extended headers included
     end: int  # byte behind the content, padding included
@@ -149,27 +152,27 @@ def _members(data: bytes | mmap.mmap, file: io.BytesIO | io.BufferedReader) -> I
 
 def _plain_header(header: bytes) -> tuple[str, int] | None:
     """Name and size of a regular file; None for every header that is not of the plainest kind."""
-    # Type "0", no prefix of a long name, size in eleven octal digits.
-    if len(header) != _BLOCK or header[156] != 0x30 or header[345] or header[135] not in (0, 0x20):
+    if len(header) != _BLOCK:
+        return None
+    name, digits, behind, written, kind, prefix = _HEADER.unpack(header)
+    if kind != b"0" or prefix != b"\0" or (behind != b"\0" and behind != b" "):
         return None
     try:
-        size, checksum = int(header[124:135], 8), int(header[148:156].rstrip(b"\0 "), 8)
+        size, checksum = int(digits, 8), int(written.rstrip(b"\0 "), 8)
     except ValueError:
         return None
-    # The sum counts its own field as eight spaces.
-    if size < 0 or _byte_sum(header) - sum(header[148:156]) + 8 * 0x20 != checksum:
+    if size < 0 or _byte_sum(header) != checksum:
         return None
-    name = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
-    return name, size
+    return name.partition(b"\0")[0].decode("utf-8", "surrogateescape"), size
 
 
 def _byte_sum(header: bytes) -> int:
-    """Sum of the 512 bytes of a header.
+    """Sum of the 512 bytes of a header, those of its checksum taken as spaces.
 
     The lower half of Adler-32 is 1 + the sum of the bytes modulo 65,521, which 256 bytes cannot reach.
     """
-    half = len(header) // 2
-    return sum((zlib.adler32(part) & 0xFFFF) - 1 for part in (header[:half], header[half:]))
+    before, kinds, names = zlib.adler32(header[:148]), zlib.adler32(header[156:412]), zlib.adler32(header[412:])
+    return (before & 0xFFFF) + (kinds & 0xFFFF) + (names & 0xFFFF) - 3 + 8 * 0x20
 
 
 def _unusual_members(file: io.BytesIO | io.BufferedReader, position: int) -> Iterator[tuple[_Member | None, int, bool]]:

@@ -290,8 +290,10 @@ def _parse_item(item: Any) -> str | MediaSlot:
 
 
 def _checked(text: str) -> str:
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise SampleError("text with half a surrogate pair, which no tokenizer can read")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError("text with half a surrogate pair, which no tokenizer can read") from error
     return text
 
 

@@ -15,6 +15,9 @@ _TABLES = frozenset((0xC4, 0xDB, 0xDD, 0xE0, 0xEE, 0xFE))  # Huffman, quantisati
 _SCAN = 0xDA
 _QUANTISATION, _JFIF = 0xDB, 0xE0
 _TABLE_BYTES = 65  # of one quantisation table with 8 bits a value
+_TABLE_NUMBERS = bytes(range(4))
+_SEGMENT = struct.Struct(">BBH")  # 0xFF, marker, length
+_FRAME = struct.Struct(">BHHB")  # precision, height, width, components
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # by colour type
@@ -30,31 +33,33 @@ def plain_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    place, size = 2, None
-    while place + 4 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
-        length = int.from_bytes(data[place + 2 : place + 4], "big")
+    place, size, last = 2, None, len(data) - 4
+    while place <= last:
+        opening, marker, length = _SEGMENT.unpack_from(data, place)
+        if opening != 0xFF:
+            return None
         if marker == _SCAN:
             return size if length >= 2 else None
+        following = place + 2 + length
+        if length < 2 or following > last + 4:
+            return None
         if marker in _FRAMES:
-            if size is not None or length < 8 or place + 2 + length > len(data):
+            if size is not None or length < 8:
                 return None
-            precision, height, width, components = struct.unpack_from(">BHHB", data, place + 4)
+            precision, height, width, components = _FRAME.unpack_from(data, place + 4)
             if precision != 8 or components not in _COMPONENTS or length != 8 + 3 * components or not width * height:
                 return None
             size = width, height
         elif marker not in _TABLES or not _plain_segment(data, place, marker, length):
             return None
-        place += 2 + length
+        place = following
     return None
 
 
 def _plain_segment(data: bytes, place: int, marker: int, length: int) -> bool:
-    if length < 2 or place + 2 + length > len(data):
-        return False
     if marker == _QUANTISATION:
-        tables = range(place + 4, place + 2 + length, _TABLE_BYTES)
-        return (length - 2) % _TABLE_BYTES == 0 and all(data[table] < 4 for table in tables)
+        tables = data[place + 4 : place + 2 + length : _TABLE_BYTES]
+        return (length - 2) % _TABLE_BYTES == 0 and not tables.strip(_TABLE_NUMBERS)
     return marker != _JFIF or (length == 16 and data[place + 4 : place + 9] == b"JFIF\0")
 
 
