@@ -33,9 +33,9 @@ from keye_train.settings import ResolutionSettings, StorageSettings
 
 DESCRIPTION = """\
 Verify shards: the checksum in the index, that every byte range in the index holds the sample it names, and that every
-sample can be read. With --decode its media are decoded as training would do it, which finds media that are broken
-behind a sound header, and takes much longer; a sample that takes more than --decode-seconds or --decode-bytes, or that
-crashes its decoder, is such a problem.
+sample can be read; what the index marks as unreadable is named, too. With --decode its media are decoded as training
+would do it, which finds media that are broken behind a sound header, and takes much longer; a sample that takes more
+than --decode-seconds or --decode-bytes, or that crashes its decoder, is such a problem.
 
 Prints one line for each problem: shard, key, reason. Exit status 1 when there is any.
 """
@@ -129,18 +129,20 @@ def check_shard(
     files = Storage(storage)
     layout = LayoutFinder(files)(shard)
     with files.local_copy(shard) as local:
-        keys = _indexed_keys(shard, str(local), storage)
-        if isinstance(keys, str):
-            yield Problem(shard, "", keys)
+        indexed = _indexed(shard, str(local), storage)
+        if isinstance(indexed, str):
+            yield Problem(shard, "", indexed)
         reader = ShardReader(storage)
         found = []
         for row, raw in enumerate(walk_shard(local, layout)):
             found.append(raw.key)
+            marked = None
             try:
                 if raw.error is not None:
                     raise SampleError(raw.error)
                 members = raw.members
-                if isinstance(keys, list) and row < len(keys) and keys[row] == raw.key:
+                if isinstance(indexed, list) and row < len(indexed) and indexed[row][0] == raw.key:
+                    marked = indexed[row][1]
                     _, members = reader.read(shard, row)
                     if members != raw.members:
                         yield Problem(shard, raw.key, "the offsets in .tar.idx point elsewhere: index the shard again")
@@ -149,26 +151,28 @@ def check_shard(
                     open_sample(ref, members, decode)
                 elif (reason := decoders.submit((ref, members)).result()) is not None:
                     raise SampleError(reason)
+                if marked is not None:  # of media that only decoding would find broken
+                    raise SampleError(marked)
             except SampleError as error:
                 yield Problem(shard, raw.key, str(error))
         reader.close()
     files.close()
-    if isinstance(keys, list) and keys != found:
+    if isinstance(indexed, list) and [key for key, _ in indexed] != found:
         yield Problem(shard, "", "the index lists other samples than the shard holds: index the shard again")
 
 
-def _indexed_keys(shard: str, local: str, storage: StorageSettings | None) -> list[str] | str:
-    """Keys of the index, or what is wrong with it as a whole."""
+def _indexed(shard: str, local: str, storage: StorageSettings | None) -> list[tuple[str, str | None]] | str:
+    """Key of each row of the index and why it cannot be read, or what is wrong with the index as a whole."""
     if not has_index(shard, storage):
         return "no index: run keye-data index"
     try:
         metadata = read_metadata(shard, storage)
-        keys: list[str] = read_columns(shard, ["key"], storage)["key"].to_pylist()
+        columns = read_columns(shard, ["key", "error"], storage)
     except (pa.ArrowInvalid, OSError) as error:
         return f"the index is damaged: {error}"
     if metadata.get("shard_sha256") != file_sha256(local):
         return "the checksum differs from the index: the shard was changed or damaged after it was indexed"
-    return keys
+    return list(zip(columns["key"].to_pylist(), columns["error"].to_pylist(), strict=True))
 
 
 def open_sample(ref: SampleRef, members: dict[str, bytes], decode: bool) -> None:

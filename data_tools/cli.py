@@ -90,7 +90,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         logging.basicConfig(
             level=logging.DEBUG if arguments.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
         )
-        return int(arguments.run(arguments))
+        from tqdm.contrib.logging import logging_redirect_tqdm  # the command has imported it already
+
+        with logging_redirect_tqdm():  # lines stand above a bar, not behind it
+            return int(arguments.run(arguments))
 
     guarded(" ".join(["keye-data", *asked]), work, also=(OSError,))
 

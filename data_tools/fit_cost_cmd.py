@@ -80,4 +80,9 @@ def text_table(fit: CostFit) -> str:
         f"{'fitted':24}{fit.r2:8.3f}{fit.error:12.1%}",
         f"{'by the config':24}{fit.config_r2:8.3f}{fit.config_error:12.1%}",
     ]
+    if fit.r2 <= 0:
+        lines.append(
+            "The fit tells these times no better than their mean does: do not plan by it. More steps, packs that "
+            "differ more in what they hold, or a machine without other work give a better one."
+        )
     return "\n".join(lines)

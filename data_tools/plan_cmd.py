@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from data_tools.simulation import Simulation, SourceTally, simulate
 from data_tools.text import one_line
 from keye_train.data.cost import training_cost
 from keye_train.data.plan import Plan
-from keye_train.report.charts import short
+from keye_train.report.charts import amount, short
 from keye_train.report.collect import clock
 from keye_train.settings import SettingsError
 
@@ -143,7 +144,9 @@ def describe(result: Simulation, options: PlanOptions) -> dict[str, Any]:
             "patch_fill": result.patch_fill.summary(),
             "balance": result.balance.summary(),
             "pack_cost": result.pack_cost.summary(),
-            "pack_samples": {name: 2**value for name, value in result.pack_samples.summary().items() if name != "mean"}
+            "pack_samples": {
+                name: round(2**value) for name, value in result.pack_samples.summary().items() if name != "mean"
+            }
             | {"mean": result.samples / max(1, result.packs)},
         },
         "mix_deviation": result.mix_deviation,
@@ -170,7 +173,9 @@ def _source_figures(source: SourceTally, result: Simulation, totals: Mapping[str
         "mean_tokens": source.tokens / max(1, source.samples),
         "p99_tokens": 2 ** source.token_lengths.percentile(99) if source.samples else 0.0,
         "steps_per_epoch": source.rows * result.steps / source.passed if source.passed else None,
-        "epochs_in_recipe": source.passed / result.steps * result.recipe_steps / source.rows,
+        "epochs_in_recipe": min(
+            source.passed / result.steps * result.recipe_steps / source.rows, source.max_epochs or math.inf
+        ),
     }
 
 
@@ -223,7 +228,7 @@ def render(described: dict[str, Any]) -> str:
         "filtered: passed over, not counted as left out; downscaled, truncated: made to fit by data.overlong",
         f"{'source':20}{'weight':>8}{'samples':>9}{'tokens':>8}{'patches':>8}{'FLOPs':>8}"
         f"{'mean':>8}{'p99':>8}{'filtered':>10}{'downscaled':>11}{'truncated':>10}{'left out':>9}"
-        f"{'steps/epoch':>13}{'epochs':>8}",
+        f"{'steps/epoch':>13}{'epochs':>9}",
     ]
     lines += [_source_line(source) for source in d["sources"]]
     lines += ["", "left out" if d["left_out"] else "no sample is left out"]
@@ -250,11 +255,11 @@ def _source_line(source: dict[str, Any]) -> str:
         + "".join(f"{share:{width}.1%}" for share, width in zip(shares, (9, 8, 8, 8), strict=True))
         + f"{source['mean_tokens']:8.0f}{source['p99_tokens']:8.0f}{source['filtered']:10,}"
         + f"{source['downscaled']:11,}{source['truncated']:10,}{source['dropped']:9,}"
-        + f"{'–' if per_epoch is None else f'{per_epoch:,.0f}':>13}{source['epochs_in_recipe']:8.2f}"
+        + f"{'–' if per_epoch is None else amount(per_epoch):>13} {amount(source['epochs_in_recipe']):>8}"
     )
 
 
 def _figure(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.4f}" if value < 10 else f"{value:,.0f}"
+    return f"{value:.4f}" if value < 10 and isinstance(value, float) else f"{value:,.0f}"

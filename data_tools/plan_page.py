@@ -10,7 +10,7 @@ from markupsafe import Markup
 from data_tools.page import write_html
 from data_tools.simulation import Distribution, Simulation
 from data_tools.text import printable
-from keye_train.report.charts import Series, line_chart, percent, short, smooth
+from keye_train.report.charts import Series, amount, line_chart, percent, short, smooth
 from keye_train.report.collect import clock
 from keye_train.report.histogram import histogram
 from keye_train.report.tables import EMPTY, Cell, Table, TableRow
@@ -105,8 +105,8 @@ def _sources(described: dict[str, Any]) -> Table:
             Cell(f"{source['mean_tokens']:,.0f}"),
             Cell(f"{source['p99_tokens']:,.0f}"),
             *(Cell(f"{source[name]:,}") for name in (*counted, "dropped")),
-            EMPTY if per_epoch is None else Cell(f"{per_epoch:,.0f}", f"{source['rows']:,} samples"),
-            Cell(f"{source['epochs_in_recipe']:.2f}"),
+            EMPTY if per_epoch is None else Cell(amount(per_epoch), f"{source['rows']:,} samples"),
+            Cell(amount(source["epochs_in_recipe"])),
         ]
         rows.append(TableRow(source["name"], cells))
     return Table([*heads, "steps/epoch", f"epochs in {described['recipe_steps']:,} steps"], rows)
@@ -147,10 +147,10 @@ def _chart(distribution: Distribution, label: str, x_format: Any, colour: int) -
 
 
 def _power(exponent: float) -> str:
-    return short(2**exponent)
+    return short(round(2**exponent))  # of tokens, patches or samples: whole ones
 
 
 def _figure(value: float | None) -> Cell:
     if value is None:
         return EMPTY
-    return Cell(f"{value:.4f}" if value < 10 else f"{value:,.0f}")
+    return Cell(f"{value:.4f}" if value < 10 and isinstance(value, float) else f"{value:,.0f}")

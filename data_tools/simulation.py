@@ -90,6 +90,7 @@ class SourceTally:
     rows: int  # samples that it holds
     weight: float  # share that the recipe asks for
     sample_bytes: float  # mean size of a sample in its shards
+    max_epochs: int | None = None  # how often its rows are drawn at most
     filtered: int = 0  # passed over by the filter of the source
     downscaled: int = 0  # of the samples: made to fit by data.overlong
     truncated: int = 0  # likewise; some are both
@@ -233,7 +234,15 @@ def simulate(
     for number, name in enumerate(plan.sources):
         source = plan.source(number)
         shard_bytes = sum(header.shard_bytes for header in source.headers)
-        tallies.append(SourceTally(name, len(source), weights[name] / total_weight, shard_bytes / max(1, len(source))))
+        tallies.append(
+            SourceTally(
+                name,
+                len(source),
+                weights[name] / total_weight,
+                shard_bytes / max(1, len(source)),
+                settings.data.sources[name].max_epochs,
+            )
+        )
     stage = settings.stage
     result = Simulation(
         world_size,
@@ -249,7 +258,8 @@ def simulate(
         for batch, state in _timed(plan, result):
             counting.add(batch)
             windows = state.window + (1 if state.batch else 0)
-            result.planned_samples = windows * plan.window_samples
+            # A window draws more than it is asked to where that does not fill a global batch.
+            result.planned_samples = max(windows * plan.window_samples, result.drawn)
             progress(result)
             if stop(result):
                 break

@@ -173,23 +173,38 @@ def _installed_recipes() -> Path:
     return Path(package.__file__).parent
 
 
+def _head(error: BaseException) -> str:
+    """The first line of what an error says; where that only announces the next one, both."""
+    lines = str(error).split("\n")
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+
+
 def _readable(error: Exception) -> str:
     """One line: what is wrong, at which key, and what a mistyped key was probably meant to be."""
     cause: BaseException = error
     while cause.__cause__ is not None and isinstance(cause, ConfigCompositionException):
         cause = cause.__cause__
-    parts = [str(error).split("\n")[0].strip()]
+    parts = [_head(error)]
     if cause is not error:
-        parts.append(str(cause).split("\n")[0].strip())
+        parts.append(_head(cause))
     text = re.sub(r" To append to your \w+( \w+)? use \+\S+", "", ": ".join(parts))
     if isinstance(error, OverrideParseException):
-        return f"{text}: an override reads KEY=VALUE, as in stage=2_multitask or stage.steps=100"
+        return (
+            f"{error.override}: an override reads KEY=VALUE, as in stage=2_multitask or stage.steps=100; a value with "
+            f"spaces or signs needs quotes of its own, as in 'data.sources.web.filter=\"images == 1\"' ({text})"
+        )
     if isinstance(error, MissingConfigException) and error.options:
         return f"{text}; there are: {', '.join(sorted(error.options))}"
+    full_key = getattr(cause, "full_key", None)
     missing = re.search(r"missing mandatory value: (\S+)", text, flags=re.IGNORECASE)
     if missing is not None:
-        return f"{missing.group(1)} has no value: set {missing.group(1)}=..."
-    full_key = getattr(cause, "full_key", None)
+        key = full_key or missing.group(1)
+        return f"{key} has no value: set {key}=..."
+    entry = re.search(rf"override \+*(([\w.]+)\.{re.escape(str(full_key))})\b.*dict is not a subclass", text)
+    if entry is not None:
+        key, group = entry.groups()
+        whole = f"'+{group}={{{full_key}:{{KEY:VALUE,...}}}}'"
+        return f"{key} is a new entry: write it with its group, whole, as in {whole}"
     if full_key and full_key not in text:
         text = f"{full_key}: {text}"
     wrong, parent = re.search(r"Key '([^']+)'", text), getattr(cause, "parent_node", None)
@@ -197,4 +212,7 @@ def _readable(error: Exception) -> str:
         close = difflib.get_close_matches(wrong.group(1), [str(key) for key in parent], n=1)
         if close:
             text += f". Did you mean '{close[0]}'?"
+        elif "is not in struct" in text:  # entries that recipes name, such as sources
+            there = ", ".join(map(str, parent))
+            text = f"{full_key} is not there ({there}); to add it, write +{full_key}=..."
     return text

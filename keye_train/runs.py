@@ -20,6 +20,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -49,14 +50,24 @@ EXPORT_EMA = "export_ema"
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write ``text`` aside, flush it to the disk, then rename: the file is whole or absent."""
+    """Write ``text`` aside, flush it to the disk, then rename: the file is whole or absent.
+
+    Raises:
+        OSError: it cannot be written; names ``path``, and nothing of it is left.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        aside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

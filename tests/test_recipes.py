@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import reduce
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import recipes
 from keye_train import compose
 from keye_train.cli import merge_main, pipeline_main, train_main
 from keye_train.settings import (
@@ -116,6 +118,12 @@ def test_a_stored_recipe_reads_back_equal() -> None:
         (["stage.stps=3"], "Did you mean 'steps'"),
         (["stage=2_multitsk"], "there are: 0_vision, 1_align, 2_multitask, 3_anneal"),
         (["steps"], "KEY=VALUE"),
+        (["data.sources.video.filter=duration > 5"], "needs quotes of its own"),
+        (["model.tokenizer=???"], "model.tokenizer has no value: set model.tokenizer=..."),
+        (["data.mixtures.align.caption=-1"], "data.mixtures.align.caption=-1: weights are numbers >= 0"),
+        (["data.mixtures.align.video=1"], "to add it, write +data.mixtures.align.video=..."),
+        (["data.mixtures.align=3"], "data.mixtures.align=3: give each source its weight"),
+        (["+data.sources.new={shards:[a.tar]}"], "'+data.sources={new:{KEY:VALUE,...}}'"),
         (["stage.steps=many"], "stage.steps"),
         (["stage=9_moon"], "9_moon"),
         (["deepspeed=zero0", "deepspeed.precision=bf16"], "bf16_autocast"),
@@ -126,6 +134,10 @@ def test_a_stored_recipe_reads_back_equal() -> None:
         (["stage=1_align", "stage.optimizer.module_lr.vision=1e-4"], "has no effect"),
         (["stage=1_align", "stage.schedule.decay_steps=10"], "shape=wsd only"),
         (["stage.schedule.warmup_steps=1000000000"], "exceed stage.steps"),
+        (
+            ["stage.steps=30", "stage.schedule.warmup_steps=10", "stage.schedule.decay_steps=50"],
+            "at most stage.schedule.warmup_steps=5 stage.schedule.decay_steps=25",
+        ),
         (["model.language.mrope_section=[1,2,3]"], "mrope_section"),
         (["data.resolution.image_min_tokens=0"], "image_min_tokens"),
         (["model.start.random=false"], "parent="),
@@ -144,6 +156,20 @@ def test_a_setting_that_cannot_work_is_refused_by_name(overrides: list[str], exp
     with pytest.raises(SettingsError) as raised:
         compose.load_settings(TrainSettings, "train", [*EIGHT_B, *overrides])
     assert expected in str(raised.value)
+
+
+def test_weights_may_be_whole_numbers_and_given_as_a_table(tmp_path: Path) -> None:
+    shutil.copytree(Path(recipes.__file__).parent, tmp_path / "recipes")
+    recipe = tmp_path / "recipes" / "data" / "keye_example.yaml"
+    recipe.write_text(recipe.read_text().replace("align: {caption: 1.0}", "align: {caption: 1, text: 3}"))
+    overrides = [*EIGHT_B, "data.mixtures.align.text=2", "data.mixtures.vision={pairs:2}"]
+    overrides += ["+data.mixtures.mine={video:1}", "stage.mixture=mine", "+data.sources={new:{shards:[a.tar]}}"]
+    data = compose.load_settings(TrainSettings, "train", overrides, str(tmp_path / "recipes")).data
+    assert data.mixtures["align"] == {"caption": 1.0, "text": 2.0}
+    assert data.mixtures["vision"] == {"pairs": 2.0}
+    assert data.mixtures["mine"] == {"video": 1.0}
+    assert all(isinstance(weight, float) for weights in data.mixtures.values() for weight in weights.values())
+    assert data.sources["new"].shards == ["a.tar"]
 
 
 def test_a_number_out_of_its_range_is_refused_by_name() -> None:

@@ -57,6 +57,8 @@ Answer held-out samples and score them per task.
   keye-eval data=demo models=[runs/a/checkpoints/step-400] out=runs/early
 
 A model is a run folder, an export or a checkpoint of a run; of a checkpoint an export lies below out meanwhile.
+Samples are those of data.heldout; their JSON has the expected "answer" and how it is scored (docs/data.md, "Held-out
+samples").
 """
 REPORT_HELP = """\
 Write one self-contained HTML page about a pipeline's folder or a single run.

@@ -239,5 +239,5 @@ class _RowFinder:
 
 
 def kind_of_reason(reason: str) -> str:
-    """A reason without its numbers, so that alike ones can be counted together."""
-    return re.sub(r"\d+(\.\d+)?", "N", reason)
+    """A reason without its numbers, so that alike ones can be counted together; digits of a word (mp4) stay."""
+    return re.sub(r"(?<!\w)\d+(\.\d+)?(?!\w)", "N", reason)

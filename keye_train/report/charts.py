@@ -54,6 +54,13 @@ def short(value: float) -> str:
     return f"{value:.3g}" if size >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
 
 
+def amount(value: float) -> str:
+    """Steps or epochs in at most 7 characters: 0.25, 9.81, 12.5, 133, 113,345, 5.7M."""
+    if value >= 1e6:
+        return short(value)
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
 def percent(value: float) -> str:
     """A share as a percentage."""
     return f"{100 * value:.3g} %"

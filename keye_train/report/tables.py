@@ -170,7 +170,10 @@ def ledger_table(root: RunRoot) -> Table | None:
         return None
     rows = []
     for run in root.stages:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in run.ledger_reasons()[:4]) or "–"
+        kinds = run.ledger_reasons()
+        more = sum(count for _, count in kinds[4:])
+        shown = [f"{count} x {reason}" for reason, count in kinds[:4]] + ([f"{more} x other reasons"] if more else [])
+        reasons = "; ".join(shown) or "–"
         rows.append(
             TableRow(run.name, [Cell(f"{run.total('samples'):,.0f}"), Cell(f"{len(run.ledger):,}"), Cell(reasons)])
         )

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from enum import Enum
+from typing import Any
 
 MODULES = ("vision", "projector", "language", "text_tower", "caption_decoder")
 
 
 class SettingsError(ValueError):
     """A setting that cannot work; the message names the setting and the way to mend it."""
+
+
+def mixture_tables(setting: str, tables: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Name -> source -> weight, with whole numbers as floats.
+
+    OmegaConf cannot hold this type: in a dict of dicts it refuses whole numbers, and overrides of a whole table.
+
+    Raises:
+        SettingsError: a table is none, or a weight is no finite number at or above 0; names the key below ``setting``.
+    """
+    read: dict[str, dict[str, float]] = {}
+    for name, table in tables.items():
+        if not isinstance(table, Mapping):
+            raise SettingsError(f"{setting}.{name}={table}: give each source its weight, as in {{web: 0.7, text: 0.3}}")
+        for source, weight in table.items():
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not number or not math.isfinite(weight) or weight < 0:
+                raise SettingsError(f"{setting}.{name}.{source}={weight}: weights are numbers >= 0")
+        read[name] = {str(source): float(weight) for source, weight in table.items()}
+    return read
 
 
 class Objective(str, Enum):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
+from typing import Any
 
-from keye_train.settings.basics import SettingsError
+from keye_train.settings.basics import SettingsError, mixture_tables
 
 
 class VideoBackend(str, Enum):
@@ -152,7 +153,7 @@ class DataSettings:
     root: str
     """Folder of the data; the paths below are written as ``${data.root}/...``, so one override moves them all."""
     sources: dict[str, SourceSettings]
-    mixtures: dict[str, dict[str, float]]
+    mixtures: dict[str, Any]
     """Name of a mixture -> source -> weight. Weights are shares of ``mixture_unit``; they need not sum to 1."""
     mixture_unit: MixtureUnit = MixtureUnit.samples
     curricula: dict[str, CurriculumSettings] = field(default_factory=dict)
@@ -211,6 +212,9 @@ class DataSettings:
     max_skipped_fraction: float = 0.05
     """The run stops when more than this share of the samples, over all ranks, could not be read."""
 
+    def __post_init__(self) -> None:
+        self.mixtures = mixture_tables("data.mixtures", self.mixtures)
+
 
 def check_resolution(resolution: ResolutionSettings) -> None:
     """Raise SettingsError for values that cannot work together."""
@@ -230,14 +234,12 @@ def check_resolution(resolution: ResolutionSettings) -> None:
 def check_data(data: DataSettings) -> None:
     """Raise SettingsError for values that cannot work together."""
     for mixture, weights in data.mixtures.items():
-        for source, weight in weights.items():
+        for source in weights:
             if source not in data.sources:
                 raise SettingsError(
                     f"data.mixtures.{mixture} names the source '{source}', which data.sources does not have; "
                     f"sources: {sorted(data.sources)}"
                 )
-            if weight < 0:
-                raise SettingsError(f"data.mixtures.{mixture}.{source}={weight}: weights are >= 0")
         if not any(weight > 0 for weight in weights.values()):
             raise SettingsError(f"data.mixtures.{mixture} has no source with a weight above 0")
     _check_draw(data)

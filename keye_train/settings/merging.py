@@ -77,7 +77,9 @@ class MergeSettings:
             if len(self.models) != 1 or self.last < 2:
                 raise SettingsError(f"last={self.last}: name one run folder in models, and a last of at least 2")
         elif len(self.models) < 2 and "last" not in METHODS[self.method].needs:
-            raise SettingsError(f"models={self.models}: name at least two checkpoints to average")
+            raise SettingsError(
+                f"models={self.models}: name at least two checkpoints to average, or one run and last=K"
+            )
         self._check_effect()
         self._check_weights()
         if self.decay is not None and not 0 < self.decay < 1:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
+from typing import Any
 
-from keye_train.settings.basics import SettingsError
+from keye_train.settings.basics import SettingsError, mixture_tables
 from keye_train.settings.branches import DrawnMixturesSettings
 from keye_train.settings.data import DataSettings, check_data
 from keye_train.settings.soups import PipelineSoupSettings
@@ -81,11 +82,14 @@ class PipelineStageSettings:
     overrides: list[str] = field(default_factory=list)
     mixtures: list[str] = field(default_factory=list)
     """Branches: one run for each of these mixtures, all from the same parent, named NAME_MIXTURE."""
-    tables: dict[str, dict[str, float]] = field(default_factory=dict)
+    tables: dict[str, Any] = field(default_factory=dict)
     """Further branches by mixtures given here: name -> source -> weight."""
     drawn: DrawnMixturesSettings = field(default_factory=DrawnMixturesSettings)
     """Further branches by mixtures drawn around one of the data recipe."""
     enabled: bool = True
+
+    def __post_init__(self) -> None:
+        self.tables = mixture_tables("tables", self.tables)
 
 
 @dataclass(frozen=True)

@@ -244,15 +244,21 @@ def _check_stage(stage: StageSettings, data: DataSettings) -> None:
         )
     if min(stage.steps, stage.max_tokens, stage.global_batch_packs) < 1 or stage.max_patches < 4:
         raise SettingsError("stage.steps, max_tokens, global_batch_packs are at least 1 and max_patches at least 4")
-    if stage.schedule.warmup_steps + stage.schedule.decay_steps > stage.steps:
+    scheduled = stage.schedule.warmup_steps + stage.schedule.decay_steps
+    if scheduled > stage.steps:
+        warmup = stage.schedule.warmup_steps * stage.steps // scheduled
+        decay = stage.schedule.decay_steps * stage.steps // scheduled
         raise SettingsError(
             f"stage.schedule: warmup_steps={stage.schedule.warmup_steps} + decay_steps={stage.schedule.decay_steps} "
-            f"exceed stage.steps={stage.steps}"
+            f"exceed stage.steps={stage.steps}: take more steps, or at most stage.schedule.warmup_steps={warmup} "
+            f"stage.schedule.decay_steps={decay}"
         )
     if stage.schedule.shape == ScheduleShape.wsd and stage.schedule.decay_steps < 1:
         raise SettingsError("stage.schedule.shape=wsd needs stage.schedule.decay_steps >= 1")
     if stage.schedule.shape != ScheduleShape.wsd and stage.schedule.decay_steps:
-        raise SettingsError("stage.schedule.decay_steps has an effect with stage.schedule.shape=wsd only")
+        raise SettingsError(
+            "stage.schedule.decay_steps has an effect with stage.schedule.shape=wsd only: leave it at 0"
+        )
 
 
 def _check_numbers(settings: TrainSettings) -> None:

@@ -115,13 +115,14 @@ def test_check_passes_good_shards_and_names_bad_samples(
     assert list(check_shard(str(good), decode=True)) == []
     samples = mixed_samples(8)
     samples[2] = {"json": b"{"}
+    samples[4] = {"jpg": b"not a picture", "txt": b"which the index has found out"}
     samples[5] = {"jpg": picture(80, 60)[:-1500], "txt": b"cut off behind its header"}
     bad = make_shard(tmp_path / "bad.tar", samples)
-    assert [problem.key for problem in check_shard(str(bad))] == ["000000002"]
-    assert [problem.key for problem in check_shard(str(bad), decode=True)] == ["000000002", "000000005"]
+    assert [problem.key for problem in check_shard(str(bad))] == ["000000002", "000000004"]
+    assert [problem.key for problem in check_shard(str(bad), decode=True)] == ["000000002", "000000004", "000000005"]
     capsys.readouterr()
     assert keye_data("check", bad) == 1
-    assert "1 problems" in capsys.readouterr().out
+    assert "2 problems" in capsys.readouterr().out
 
 
 def test_check_holds_decoders_to_limits(

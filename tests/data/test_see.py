@@ -167,6 +167,12 @@ def test_the_command_writes_text_json_and_a_page(
     figures = json.loads(capsys.readouterr().out)
     assert figures["drawn"] >= 200
     assert figures["world_size"] == 1
+    most = max(figures["sources"], key=lambda row: row["epochs_in_recipe"])
+    assert most["epochs_in_recipe"] > 2
+    words = ("samples=200", f"data.sources.{most['name']}.max_epochs=2")
+    assert keye_data("plan", "--recipes", recipes, *words, "--json") == 0
+    capped = {row["name"]: row["epochs_in_recipe"] for row in json.loads(capsys.readouterr().out)["sources"]}
+    assert capped[most["name"]] <= 2
 
 
 @pytest.mark.parametrize(
