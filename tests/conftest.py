@@ -4,13 +4,21 @@ values in ``make soak``."""
 
 from __future__ import annotations
 
+import os
 import random
 import sys
+import tempfile
 from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
+
+# Neither the home of whoever runs the tests nor a proxy of the machine is of any account: what libraries keep goes into
+# a folder of these tests, and servers on loopback are asked directly.
+KEPT = tempfile.TemporaryDirectory(prefix="keye-tests-")
+os.environ.setdefault("HF_HOME", KEPT.name)
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "localhost,127.0.0.1"
 
 # No verdict hangs on the speed of a machine: neither on the time that an example takes nor on that of drawing it.
 TIMELESS = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
