@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from itertools import pairwise
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import psutil
@@ -303,7 +304,8 @@ def test_the_number_of_a_reader_that_is_gone_gets_no_signal(
         list(loader)
         (reader,) = readers()
         reader.kill()
-        reader.wait(250)
+        assert loader._pool is not None
+        wait([one._process.sentinel for one in loader._pool._processes])  # the server has told us that it is gone
         signalled: list[int] = []
         monkeypatch.setattr(os, "kill", lambda number, _: signalled.append(number))
     assert not signalled

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import wandb
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
@@ -55,21 +56,21 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 def test_tensorboard_and_wandb_get_flat_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    histories, offline = [], []
     for first_step in (0, 2):  # a second launch goes on with the same wandb run
         opened = monitor(tmp_path, first_step, tensorboard=True, wandb=True)
         for step in (first_step + 1, first_step + 2):
             opened.write(row(step))
         opened.close()
         # Each is taken away before the next: wandb names the folder of a launch by the second in which it began.
-        kept = (tmp_path / "wandb").rename(tmp_path / f"wandb-{first_step}")
-        histories += [read_offline_run(path) for path in kept.glob("offline-run-*/*.wandb")]
-        offline += [path.name for path in kept.glob("offline-run-*")]
+        (tmp_path / "wandb").rename(tmp_path / f"wandb-{first_step}")
+    wandb.teardown()  # its process has written all when it has ended
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("lr/vision")] == [1, 2, 3, 4]
     assert "grad_norm" not in events.Tags()["scalars"]  # a refused update has no norm to show
+    histories = [read_offline_run(path) for path in sorted(tmp_path.glob("wandb-*/offline-run-*/*.wandb"))]
     identity = (tmp_path / "wandb_id").read_text()
     assert histories == [(identity, (1, 2)), (identity, (3, 4))]  # `wandb sync` joins both into one run
+    offline = [path.name for path in tmp_path.glob("wandb-*/offline-run-*")]
     assert len(offline) == 2
     assert all((tmp_path / "wandb_id").read_text() in name for name in offline)
 
