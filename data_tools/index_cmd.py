@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data_tools.decode_options import LIMITS, add_decode_arguments, decode_limits_from
 from data_tools.storage_options import add_storage_arguments, storage_from
+from keye_train.data.energon import LayoutFinder
 from keye_train.data.index import ShardHeader, tokenizer_fingerprint
 from keye_train.data.indexing import add_sizes, build_index
 from keye_train.data.limits import DecodeLimits, Watch, unwatched
@@ -43,6 +45,9 @@ Samples that cannot be read get a row with the reason; training leaves them out 
 Where more than a plain header has to be read, a sample is held to --decode-seconds and --decode-bytes; one that takes
 more, or that crashes its decoder, is such a sample.
 
+Shards of a folder prepared for megatron-energon whose .nv-meta/dataset.yaml cannot be used are left out, all others
+are indexed; then the command ends with what is wrong with each such file.
+
 Shards behind URLs are fetched once each, to TMPDIR. Credentials come from the environment.
 """
 EXAMPLES = """\
@@ -68,9 +73,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--workers",
         type=int,
-        default=os.cpu_count() or 1,
+        default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="processes (%(default)s); 0: this one, without limits",
+        help="processes, each with a shard of its own; as many as this command may use processors (%(default)s); 0: "
+        "this one, without limits",
     )
     add_decode_arguments(parser)
     parser.add_argument("--force", action="store_true", help="index also the shards whose index seems to fit")
@@ -89,6 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{web}: a web server takes no index; give a folder for indexes with --index-dir")
     fingerprint = tokenizer_fingerprint(arguments.tokenizer)
     files = Storage(storage)
+    broken = broken_folders(shards, files)
+    left_out = {shard for own in broken.values() for shard in own}
+    shards = [shard for shard in shards if shard not in left_out]
     sizes = dict(zip(shards, files.map(files.size, shards), strict=True))
     fresh = [False] * len(shards)
     if not arguments.force:
@@ -96,15 +105,56 @@ def run(arguments: argparse.Namespace) -> int:
     files.close()
     # The largest first, so that no process is left alone with one at the end.
     todo = sorted((s for s, done in zip(shards, fresh, strict=True) if not done), key=lambda s: -sizes[s])
-    samples, done_bytes = 0, sum(sizes.values()) - sum(sizes[shard] for shard in todo)
-    with tqdm(total=sum(sizes.values()), initial=done_bytes, unit="B", unit_scale=True, desc="index") as bar:
-        headers = index_shards(todo, arguments.tokenizer, arguments.workers, storage, limits)
-        for number, header in enumerate(headers, start=1):
-            samples += header.rows
-            bar.set_postfix(shards=f"{number}/{len(todo)}", samples=samples, refresh=False)
-            bar.update(header.shard_bytes)
-    print(f"indexed {len(todo)} shards with {samples} samples; {len(shards) - len(todo)} were up to date")
+    done_bytes = sum(sizes.values()) - sum(sizes[shard] for shard in todo)
+    headers = index_shards(todo, arguments.tokenizer, arguments.workers, storage, limits)
+    samples, seconds = _follow(headers, len(todo), sum(sizes.values()), done_bytes)
+    speed = f" ({samples / seconds:,.0f} samples/s, {sum(sizes[s] for s in todo) / seconds / 1e6:,.0f} MB/s)"
+    print(
+        f"indexed {len(todo)} shards with {samples} samples; {len(shards) - len(todo)} were up to date"
+        + (speed if todo else "")
+    )
+    if broken:
+        reasons = "; ".join(f"{reason} ({_named(own)})" for reason, own in broken.items())
+        raise ValueError(f"shards of prepared folders were left out: {reasons}; mend the files and run this again")
     return 0
+
+
+def _named(shards: Sequence[str]) -> str:
+    return ", ".join(shards[:3]) + (f" and {len(shards) - 3} more" if len(shards) > 3 else "")
+
+
+def _follow(headers: Iterator[ShardHeader], shards: int, total_bytes: int, done_bytes: int) -> tuple[int, float]:
+    """Show the progress; samples that were indexed, and the seconds by the clock that it took."""
+    samples, began, seconds = 0, time.perf_counter(), 0.0
+    with tqdm(total=total_bytes, initial=done_bytes, unit="B", unit_scale=True, desc="index") as bar:
+        for number, header in enumerate(headers, start=1):
+            samples, seconds = samples + header.rows, time.perf_counter() - began
+            speed = {"samples/s": f"{samples / seconds:,.0f}"}
+            bar.set_postfix(shards=f"{number}/{shards}", samples=samples, **speed, refresh=False)
+            bar.update(header.shard_bytes)
+    return samples, seconds
+
+
+def broken_folders(shards: Sequence[str], files: Storage) -> dict[str, list[str]]:
+    """What is wrong with ``.nv-meta`` of prepared folders -> the shards that it concerns; see ``LayoutFinder``."""
+    layouts = LayoutFinder(files)
+    found: dict[str, list[str]] = {}
+
+    def problem(shard: str) -> str | None:
+        try:
+            layouts(shard)
+        except ValueError as error:
+            return " ".join(str(error).split())  # YAML's own messages have several lines
+        return None
+
+    by_folder: dict[str, list[str]] = {}
+    for shard in shards:
+        by_folder.setdefault(shard.rpartition("/")[0], []).append(shard)
+    reasons = files.map(problem, [own[0] for own in by_folder.values()])
+    for reason, own in zip(reasons, by_folder.values(), strict=True):
+        if reason is not None:
+            found.setdefault(reason, []).extend(own)
+    return found
 
 
 def is_fresh(shard: str, tokenizer: Path, fingerprint: str, storage: StorageSettings | None = None) -> bool:

@@ -148,7 +148,8 @@ def first_skipped(plan: Plan, options: ViewOptions) -> list[Chosen]:
             more = len(batch.dropped) + sum(len(pack.samples) for pack in batch.packs)
             seen += more
             bar.update(more)
-            if seen >= options.scan_samples:
+            full = all(counts[number] >= options.per_source for number in range(len(plan.sources)))
+            if full or seen >= options.scan_samples:
                 break
     return list(found.values())
 

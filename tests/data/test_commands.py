@@ -63,6 +63,30 @@ def test_index_makes_shards_ready_and_skips_those_that_are(
     assert "indexed 2 shards with 10 samples; 1 were up to date" in capsys.readouterr().out
 
 
+def test_folders_with_a_broken_layout_are_all_named_and_the_other_shards_indexed(
+    tmp_path: Path, make_shard: MakeShard, tokenizer_dir: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = {"yaml": "field_map: [", "kind": json.dumps({"sample_type": {"__class__": "Odd"}, "field_map": {}})}
+    for name in ("good", *broken):
+        for number in range(2):
+            make_shard(tmp_path / f"{name}/shards/{number}.tar", mixed_samples(4, number), index=False)
+    for name, text in broken.items():
+        (tmp_path / name / ".nv-meta").mkdir()
+        (tmp_path / name / ".nv-meta/dataset.yaml").write_text(text)
+    words = ("index", tmp_path / "*/shards/*.tar", "--tokenizer", tokenizer_dir, "--workers", 0)
+    said = refused(*words)
+    for name, reason in (("yaml", "is not valid YAML"), ("kind", "has the sample type Odd")):
+        assert f"{tmp_path}/{name}/.nv-meta/dataset.yaml {reason}" in said
+        assert all(f"{name}/shards/{number}.tar" in said for number in range(2))
+        assert not index_path(tmp_path / f"{name}/shards/0.tar").exists()
+    assert "mend the files and run this again" in said
+    assert all(index_path(tmp_path / f"good/shards/{number}.tar").exists() for number in range(2))
+    for name in broken:
+        (tmp_path / name / ".nv-meta/dataset.yaml").unlink()
+    assert keye_data(*words) == 0
+    assert "indexed 4 shards with 16 samples; 2 were up to date" in capsys.readouterr().out
+
+
 def test_processes_write_the_same_indexes(tmp_path: Path, make_shard: MakeShard, tokenizer_dir: Path) -> None:
     shards = [make_shard(tmp_path / f"{number}.tar", mixed_samples(4, number)) for number in range(2)]
     written = [index_path(shard).read_bytes() for shard in shards]

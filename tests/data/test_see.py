@@ -4,7 +4,7 @@ nothing that stands in a shard becomes part of their pages."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,12 +19,12 @@ from data_tools.cli import main
 from data_tools.plan_cmd import PlanOptions, describe
 from data_tools.samples import Album, frames_of
 from data_tools.simulation import Distribution, simulate
-from data_tools.view_cmd import ViewOptions, first_planned
+from data_tools.view_cmd import ViewOptions, first_planned, first_skipped
 from data_tools.view_reader import GuardedReader
 from keye_train import compose
 from keye_train.data.cost import training_cost
 from keye_train.data.loader import Loader, ReadTask
-from keye_train.data.plan import Plan, assign
+from keye_train.data.plan import GlobalBatch, Plan, PlanState, assign
 from keye_train.model.images import decode_image, to_patches
 from keye_train.model.sample_encoder import SampleEncoder
 from keye_train.settings import SourceSettings, TrainSettings
@@ -262,6 +262,25 @@ def test_skipped_samples_show_their_reason(recipes: Path, tmp_path: Path, refuse
     cut_off = tmp_path / "cut.html"
     assert keye_data("view", "--recipes", recipes, f"out={cut_off}", "keys=['000000003']") == 0
     assert "broken image" in Page(cut_off).text  # only reading shows this one
+
+
+def test_the_search_for_skipped_samples_ends_when_each_source_has_enough(
+    toy: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = dict.fromkeys(("bad", "again"), toy.data.sources["bad"])
+    plan = toy_plan(replace(toy, data=replace(toy.data, sources=sources, mixtures={"mix": {"bad": 2, "again": 1}})))
+    batches, looked = plan.batches, 0
+
+    def few() -> Iterator[tuple[GlobalBatch, PlanState]]:
+        nonlocal looked
+        for looked, batch in enumerate(batches(), start=1):
+            assert looked < 50, "the search goes on"
+            yield batch
+
+    monkeypatch.setattr(plan, "batches", few)
+    chosen = first_skipped(plan, ViewOptions(per_source=2, scan_samples=10**9))
+    assert sorted(one.source for one in chosen) == [0, 0, 1, 1]
+    assert looked >= 1
 
 
 def test_samples_made_to_fit_say_how(recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
