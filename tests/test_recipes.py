@@ -172,6 +172,13 @@ def test_weights_may_be_whole_numbers_and_given_as_a_table(tmp_path: Path) -> No
     assert data.sources["new"].shards == ["a.tar"]
 
 
+def test_weights_of_modules_may_be_whole_numbers() -> None:
+    words = ["models=[a,b]", "out=c", "+modules={mlp_AR.*:[1,0]}"]
+    assert compose.load_settings(MergeSettings, "merge", words).modules == {"mlp_AR.*": [1.0, 0.0]}
+    with pytest.raises(SettingsError, match=re.escape("modules: mlp_AR.*=1: give a list of weights")):
+        compose.load_settings(MergeSettings, "merge", [*words[:2], "+modules={mlp_AR.*:1}"])
+
+
 def test_a_number_out_of_its_range_is_refused_by_name() -> None:
     settings = compose.load_settings(TrainSettings, "train", EIGHT_B)
     for key, value in (

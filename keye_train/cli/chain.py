@@ -29,7 +29,7 @@ fit in 512 MiB, whatever the size of the models; from about 400 models (75 with 
   keye-merge merge=weighted models=[a,b] weights=[0.7,0.3] out=runs/merged dtype=bfloat16
   keye-merge merge=lawa models=[runs/mine] last=5 out=runs/merged            the last 5 checkpoints of a run
   keye-merge merge=ties models=[ocr,math] weights=[1,1] base=start out=runs/merged
-  keye-merge models=[a,b] out=runs/merged '+modules={{mlp_AR.*:[1.0,0.0]}}'    the projector of a, the mean of the rest
+  keye-merge models=[a,b] out=runs/merged '+modules={{mlp_AR.*:[1,0]}}'    the projector of a, the mean of the rest
 
 A model is a run folder, an export, RUN/checkpoints/step-N, or any folder of safetensors in Hugging Face's layout. The
 same command goes on after an interruption. SHA-256 of all inputs and outputs stands in the manifest of the result.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from keye_train.settings.basics import MergeMethod, SettingsError
 from keye_train.settings.merge_methods import METHODS
@@ -41,7 +43,7 @@ class MergeSettings:
     weights: list[float] | None = None
     """One weight for each model. weighted, slerp, spherical, ties, dare_ties: >= 0, only their ratio counts;
     task_arithmetic, dare_linear: factors of the deltas, of any sign, used as they are."""
-    modules: dict[str, list[float]] = field(default_factory=dict)
+    modules: dict[str, Any] = field(default_factory=dict)
     """Pattern of tensor names (such as ``mlp_AR.*``) -> the weights of its tensors, in place of ``weights``; the first
     pattern that matches counts. With method=uniform, [1, 0] takes the tensors of the first model as they are."""
     decay: float | None = None
@@ -70,6 +72,9 @@ class MergeSettings:
     hash_inputs: bool = True
     """Put the SHA-256 of every input into the manifest. false saves that of weights, other than those of checkpoints,
     which are compared with what their writer noted; ``keye-merge verify`` then knows parents' weights by size alone."""
+
+    def __post_init__(self) -> None:
+        self.modules = _weights_by_pattern(self.modules)
 
     def check(self) -> None:
         """Raise SettingsError for values that cannot work together."""
@@ -135,3 +140,11 @@ class MergeSettings:
                 raise SettingsError(f"{name}={weights}: use finite numbers >= 0 with a positive sum")
             if not all(math.isfinite(weight) for weight in weights):
                 raise SettingsError(f"{name}={weights}: use finite numbers")
+
+
+def _weights_by_pattern(modules: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Pattern -> weights, with whole numbers as floats; OmegaConf refuses those in a dict of lists."""
+    for pattern, weights in modules.items():
+        if not isinstance(weights, list) or not all(type(weight) in (int, float) for weight in weights):
+            raise SettingsError(f"modules: {pattern}={weights}: give a list of weights, one for each model")
+    return {pattern: [float(weight) for weight in weights] for pattern, weights in modules.items()}
