@@ -111,7 +111,8 @@ class TestOneModelWhateverTheRanks:
         assert compare_runs(one_process, one_process).same
         found = compare_runs(one_process, two_processes).differences
         assert [one.key for one in found["recipe"]] == ["deepspeed.zero_stage"]
-        assert [one.key for one in found["code"]] == ["ranks"]
+        # Somebody who works on this checkout may commit while the tests run.
+        assert [one.key for one in found["code"] if one.key != "commit"] == ["ranks"]
         assert found["data"] == []
         assert runs.read_json(one_process / runs.MANIFEST)["data"]["text"]["samples"] == 16
 
