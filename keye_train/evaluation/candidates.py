@@ -35,8 +35,8 @@ class Values:
     weight: dict[str, np.ndarray]  # task -> [N] float64: number of these tokens, or 1
 
     def mean(self) -> float:
-        """Mean over tasks, as ``keye-eval`` reports it."""
-        return float(np.mean([self.value[task].sum() / self.weight[task].sum() for task in self.value]))
+        """Mean over tasks, as ``keye-eval`` reports it; to the last bit the same in any order of the tasks."""
+        return float(np.mean([self.value[task].sum() / self.weight[task].sum() for task in sorted(self.value)]))
 
     def to_json(self) -> dict[str, dict[str, list[float]]]:
         """Plain values; ``from_json`` reads them back."""

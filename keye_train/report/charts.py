@@ -123,7 +123,10 @@ def line_chart(
         clipped = min(max(y, low), high)
         return across, HEIGHT - BOTTOM - (clipped - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [_axes(place, ticks(x_low, x_high, 6), ticks(low, high), y_format)]
+    x_ticks = ticks(x_low, x_high, 6)
+    if all(x == int(x) for x, _ in everything):  # steps or layers: there is nothing between them
+        x_ticks = [tick for tick in x_ticks if tick == int(tick)]
+    parts = [_axes(place, x_ticks, ticks(low, high), y_format)]
     for one, points in sorted(drawn, key=lambda pair: not pair[0].faint):
         style = f"line s{one.colour % COLOURS}" + (" faint" if one.faint else "")
         path = " ".join(

@@ -23,7 +23,7 @@ def resample(candidates: Sequence[Values], draws: int, seed: int) -> np.ndarray:
         draws: resamples.
         seed: of the draw.
     """
-    tasks = list(candidates[0].value)
+    tasks = sorted(candidates[0].value)  # values that were kept come back in another order; draws must not
     means = np.zeros((draws, len(candidates)))
     for number, task in enumerate(tasks):
         value = np.stack([one.value[task] for one in candidates], axis=1)  # [N, C]

@@ -39,6 +39,7 @@ def test_corners_of_a_line() -> None:
 
 def test_missing_and_infinite_values_are_left_out() -> None:
     figure = line_chart([Series("a", [1, 2, 3, 4], [1.0, None, math.inf, 2.0])], "loss")
+    assert ">2.5<" not in figure  # between two steps
     assert len(path_points(figure)) == 2
     assert line_chart([Series("a", [1], [None])], "loss") == ""
 

@@ -281,6 +281,8 @@ def test_paired_intervals_see_a_small_difference_that_all_samples_share() -> Non
     assert draws.std(axis=0).min() > 0.03
     assert np.allclose(draws[:, 0] - draws[:, 1], 0.01)
     assert np.array_equal(resample([left, right], 500, 0), draws)
+    kept = [Values.from_json(dict(reversed(one.to_json().items()))) for one in (left, right)]
+    assert np.array_equal(resample(kept, 500, 0), draws)
 
 
 def test_the_curve_meets_the_models_at_its_ends(world: Any, searched: Any, tmp_path: Path) -> None:
