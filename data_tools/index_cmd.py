@@ -108,11 +108,10 @@ def run(arguments: argparse.Namespace) -> int:
     done_bytes = sum(sizes.values()) - sum(sizes[shard] for shard in todo)
     headers = index_shards(todo, arguments.tokenizer, arguments.workers, storage, limits)
     samples, seconds = _follow(headers, len(todo), sum(sizes.values()), done_bytes)
-    speed = f" ({samples / seconds:,.0f} samples/s, {sum(sizes[s] for s in todo) / seconds / 1e6:,.0f} MB/s)"
-    print(
-        f"indexed {len(todo)} shards with {samples} samples; {len(shards) - len(todo)} were up to date"
-        + (speed if todo else "")
-    )
+    speed = ""
+    if todo:
+        speed = f" ({samples / seconds:,.0f} samples/s, {sum(sizes[s] for s in todo) / seconds / 1e6:,.0f} MB/s)"
+    print(f"indexed {len(todo)} shards with {samples} samples; {len(shards) - len(todo)} were up to date{speed}")
     if broken:
         reasons = "; ".join(f"{reason} ({_named(own)})" for reason, own in broken.items())
         raise ValueError(f"shards of prepared folders were left out: {reasons}; mend the files and run this again")
