@@ -16,6 +16,7 @@ Processor time is that of the training process, and beside it that of its reader
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -172,12 +173,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead")
     parser.add_argument("--steps", type=int, default=24, help="updates of a turn")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="that compute; the reader needs a core beside them")
     options = parser.parse_args(arguments)
-    if options.steps <= WARM_UP or options.rounds < 1:
-        parser.error(f"--steps must be above {WARM_UP} and --rounds 1 or more")
-    torch.set_num_threads(1)
+    if options.steps <= WARM_UP or options.rounds < 1 or options.threads < 1:
+        parser.error(f"--steps must be above {WARM_UP}, --rounds and --threads 1 or more")
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # else the trainer takes all cores, and bare turns after it
+    torch.set_num_threads(options.threads)
     distributed.start(timeout_minutes=5)
-    about = f"{__doc__ or ''}\n{options.rounds} rounds of {options.steps} steps, one thread, one reader process."
+    turns = f"{options.rounds} rounds of {options.steps} steps; computing threads: {options.threads}; one reader."
+    about = f"{__doc__ or ''}\n{turns}"
     result = Result("overhead", about)
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(Path(folder), options.steps)
