@@ -18,7 +18,7 @@ from data_tools.simulation import Simulation, SourceTally, simulate
 from data_tools.text import one_line
 from keye_train.data.cost import training_cost
 from keye_train.data.plan import Plan
-from keye_train.report.charts import amount, short
+from keye_train.report.charts import amount, figure, short
 from keye_train.report.collect import clock
 from keye_train.settings import SettingsError
 
@@ -260,6 +260,4 @@ def _source_line(source: dict[str, Any]) -> str:
 
 
 def _figure(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4f}" if value < 10 and isinstance(value, float) else f"{value:,.0f}"
+    return "–" if value is None else figure(value)

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from data_tools.page import write_html
 from data_tools.simulation import Distribution, Simulation
 from data_tools.text import printable
-from keye_train.report.charts import Series, amount, line_chart, percent, short, smooth
+from keye_train.report.charts import Series, amount, figure, line_chart, percent, short, smooth
 from keye_train.report.collect import clock
 from keye_train.report.histogram import histogram
 from keye_train.report.tables import EMPTY, Cell, Table, TableRow
@@ -151,6 +151,4 @@ def _power(exponent: float) -> str:
 
 
 def _figure(value: float | None) -> Cell:
-    if value is None:
-        return EMPTY
-    return Cell(f"{value:.4f}" if value < 10 and isinstance(value, float) else f"{value:,.0f}")
+    return EMPTY if value is None else Cell(figure(value))

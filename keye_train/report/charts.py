@@ -61,6 +61,11 @@ def amount(value: float) -> str:
     return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
+def figure(value: float) -> str:
+    """A statistic: whole where it counts something or is large, of shares four decimals."""
+    return f"{value:.4f}" if value < 10 and isinstance(value, float) else f"{value:,.0f}"
+
+
 def percent(value: float) -> str:
     """A share as a percentage."""
     return f"{100 * value:.3g} %"
